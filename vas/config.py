@@ -1,0 +1,303 @@
+"""A run's configuration: one YAML file is the whole truth of a run.
+
+Every key has a type, a default and a meaning here; an unknown key is an error that
+names the nearest right one; `--set a.b=c` overrides. `RunConfig.digest()` identifies a
+run: everything counts but `resources`, which says where a run computes, not what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vas.errors import VasError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"must be a finite number, not {value}")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+Strengths = dict[str, Finite]
+
+
+class Base(_Section):
+    model: str
+    """Hugging Face id, a local path, or a `bundled:` name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+
+class Prompts(_Section):
+    source: str
+    """Path or URI (.jsonl, .parquet, .txt, or a directory of them), or a `bundled:` name."""
+    field: str | None = None
+    """Column that holds the prompt; by default `messages`, `prompt`, `text` or `question`, whichever there is."""
+    system: str | None = None
+    """System message put before prompts that bring none."""
+    held_out: float = Field(0.2, gt=0, lt=1)
+    """Share of prompts kept for evaluation, picked by a hash of prompt_id."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first so many prompts."""
+
+
+class Reward(_Section):
+    use: str
+    """A built-in name (`vas rewards` lists them), `hf:MODEL`, or `python:module.function`."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the reward."""
+
+
+class Sampling(_Section):
+    temperature: float = Field(1.0, ge=0)
+    """Of the base model; 0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0 keeps every token."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    max_tokens: int = Field(128, gt=0)
+    """Longest response, in tokens."""
+    stop: list[str] = Field(default_factory=list)
+    """Strings that end a response (left out of it)."""
+
+
+class Rollouts(_Section):
+    samples_per_prompt: int = Field(8, gt=0)
+    batch_size: int = Field(128, gt=0)
+    """Sequences an actor decodes at once; a batch is also what a crash can cost."""
+    sampling: Sampling = Field(default_factory=Sampling)
+
+
+class Value(_Section):
+    name: str = "default"
+    """Folder under `value/` in the run directory."""
+    backbone: str | None = None
+    """Hugging Face id or path; the base model when empty."""
+    layers: int | None = Field(None, gt=0)
+    """Keep only the first so many layers of the backbone."""
+    head: Literal["categorical", "scalar"] = "categorical"
+    bins: int = Field(41, ge=2)
+    """Histogram bins of the categorical head."""
+    label: Literal["hl_gauss", "two_hot"] = "hl_gauss"
+    """How a target becomes a histogram."""
+
+
+class Train(_Section):
+    td_lambda: float = Field(1.0, ge=0, le=1)
+    """λ of TD(λ); 1 is Monte Carlo."""
+    epochs: int = Field(2, gt=0)
+    batch_size: int = Field(16, gt=0)
+    """Prompts per optimizer step, over all workers; each brings all its rollouts."""
+    micro_batch_size: int = Field(4, gt=0)
+    """Prompts per forward pass on one worker; the rest is gradient accumulation."""
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of the backbone."""
+    head_lr: float = Field(3e-3, gt=0)
+    """Peak learning rate of the heads."""
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises; then it falls along a cosine."""
+    gradient_clipping: float = Field(1.0, gt=0)
+    train_embeddings: bool = False
+    """Train the token embeddings too (they are large, and rarely need it)."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed JSON, merged over ours (`{"zero_optimization": {"stage": 2}}`)."""
+
+
+class Evaluation(_Section):
+    best_of: list[Annotated[int, Field(gt=1)]] = Field(default_factory=lambda: [2, 4, 8])
+    """N of best-of-N, at most rollouts.samples_per_prompt."""
+    strengths: list[Strengths] = Field(default_factory=list)
+    """Settings of β to decode with; by default each objective alone at 2, 4 and 8, and all at 4."""
+    samples_per_prompt: int = Field(1, gt=0)
+    """Guided responses per held-out prompt and setting."""
+    candidates: int = Field(20, gt=0)
+    """k: tokens that guidance scores at a step, by base probability; EOS always is one more."""
+    value: Literal["expected", "soft"] = "expected"
+    """Which value of a categorical head guides."""
+    baseline: Literal["policy", "mean"] = "policy"
+    """What an advantage is measured from: π0-weighted, or the plain mean (the authors')."""
+    outside: Literal["keep", "drop"] = "keep"
+    """Tokens outside the candidates keep π0's probability, or are dropped."""
+    bootstrap: int = Field(2000, gt=0)
+    """Resamples for the 95 % intervals."""
+    samples_shown: int = Field(8, ge=0)
+    """Prompts shown side by side in the report."""
+
+
+class Resources(_Section):
+    """Where a run computes. Not part of its identity."""
+
+    address: str | None = None
+    """Ray cluster to join (`auto`, `ray://…`); empty starts one on this machine."""
+    num_cpus: int | None = Field(None, gt=0)
+    """Cores to use on this machine when we start Ray; default all."""
+    object_store_memory: int = Field(512 * 1024**2, ge=78643200)
+    """Bytes of shared memory when we start Ray."""
+    actors: int | None = Field(None, gt=0)
+    """Sampler actors; default as many as fit."""
+    cpus_per_actor: int = Field(1, gt=0)
+    """Torch threads of a sampler actor."""
+    gpus_per_actor: float = Field(0, ge=0)
+    workers: int = Field(1, gt=0)
+    """Training workers."""
+    cpus_per_worker: int | None = Field(None, gt=0)
+    """Torch threads of a training worker; default the machine's cores shared out."""
+    gpus_per_worker: float = Field(0, ge=0)
+
+
+class RunConfig(_Section):
+    """A whole run. `vas config show FILE` prints it with every default."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's name; its directory is `runs_dir/name`."""
+    runs_dir: str = "runs"
+    """Directory or URI that holds runs."""
+    seed: int = Field(0, ge=0)
+    base: Base
+    prompts: Prompts
+    rewards: dict[str, Reward] = Field(min_length=1)
+    """Objective name → reward."""
+    rollouts: Rollouts = Field(default_factory=Rollouts)
+    value: Value = Field(default_factory=Value)
+    train: Train = Field(default_factory=Train)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    resources: Resources = Field(default_factory=Resources)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        for setting in self.evaluation.strengths:
+            for objective in setting:
+                if objective not in self.rewards:
+                    raise ValueError(
+                        f"evaluation.strengths names '{objective}', which is no objective: "
+                        + nearest(objective, list(self.rewards))
+                    )
+        if not self.evaluation.strengths:
+            alone: list[Strengths] = [{name: beta} for name in self.rewards for beta in (2.0, 4.0, 8.0)]
+            together: list[Strengths] = [dict.fromkeys(self.rewards, 4.0)] if len(self.rewards) > 1 else []
+            self.evaluation.strengths = alone + together
+        most = max(self.evaluation.best_of, default=1)
+        if most > self.rollouts.samples_per_prompt:
+            raise ValueError(
+                f"evaluation.best_of asks for {most} samples a prompt but rollouts.samples_per_prompt "
+                f"is {self.rollouts.samples_per_prompt}"
+            )
+        return self
+
+    def digest(self) -> str:
+        """Hex digest of everything that decides a run's results; `resources` and `runs_dir` don't."""
+        content = self.model_dump(mode="json", exclude={"resources", "runs_dir"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def yaml(self) -> str:
+        """The resolved config, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML config and apply `a.b=c` overrides (values are YAML).
+
+    Raises VasError for a missing file, malformed YAML, an unknown key or a bad value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise VasError(
+            f"cannot read the config: {error.strerror}", str(path), "check the path; configs/ has examples"
+        ) from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise VasError(f"the config is not valid YAML: {_one_line(error)}", str(path)) from None
+    if not isinstance(content, dict):
+        raise VasError("the config must be a mapping of sections", str(path), "see configs/demo.yaml")
+    for override in overrides:
+        _apply(content, override)
+    return parse_config(content, str(path))
+
+
+def parse_config(content: dict[str, Any], where: str) -> RunConfig:
+    """Check a config that is already a mapping; `where` names its source in errors."""
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise VasError(
+            "the config has "
+            + (f"{error.error_count()} mistakes" if error.error_count() > 1 else "a mistake"),
+            where,
+            "\n         ".join(_explain(item) for item in error.errors()),
+        ) from None
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    """Set one dotted key of `content` in place."""
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise VasError("an override must read key=value", f"--set {override}", "e.g. --set train.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise VasError(
+            f"the override's value is not valid YAML: {_one_line(error)}", f"--set {override}"
+        ) from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise VasError(f"'{parent}' is a value, not a section", f"--set {override}")
+    content[last] = value
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error as `key: what is wrong`, with the nearest key for an unknown one."""
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key, {nearest(str(item['loc'][-1]), _keys_of(item['loc'][:-1]))}"
+    if item["type"] == "missing":
+        return f"{key}: this key is required"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _keys_of(location: tuple[Any, ...]) -> list[str]:
+    """The keys allowed in the section at `location`."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        field = section.model_fields.get(str(part))
+        if field is None:  # the name of an entry in a mapping of sections: rewards.NAME
+            continue
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                section = candidate
+    return list(section.model_fields)

@@ -1,0 +1,137 @@
+"""What is asked for, what is under way, and what comes out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vas.errors import VasError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample from π0; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, good in {
+            "temperature": math.isfinite(self.temperature) and self.temperature >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "min_p": 0 <= self.min_p < 1,
+            "max_tokens": self.max_tokens > 0,
+        }.items():
+            if not good:
+                raise VasError(f"{name} is out of its range: {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceParams:
+    """Which objectives steer, and how strongly (design: π ∝ π0·exp(Σ β·A))."""
+
+    objectives: dict[str, float] = field(default_factory=dict)
+    """Objective → strength β, per standard deviation of reward."""
+    candidates: int = 20
+    value: Literal["expected", "soft"] = "expected"
+    baseline: Literal["policy", "mean"] = "policy"
+    outside: Literal["keep", "drop"] = "keep"
+
+    def __post_init__(self) -> None:
+        for name, strength in self.objectives.items():
+            if not math.isfinite(strength):
+                raise VasError(
+                    f"the strength of '{name}' is not finite: {strength}", mend="give a number, e.g. 2"
+                )
+        if self.candidates < 1:
+            raise VasError(f"candidates must be at least 1, not {self.candidates}")
+
+    def active(self) -> bool:
+        """False if guidance would change nothing."""
+        return any(self.objectives.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One response to sample."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    guidance: GuidanceParams = field(default_factory=GuidanceParams)
+
+
+@dataclass(slots=True)
+class Token:
+    """One sampled token, as it is streamed."""
+
+    request_id: str
+    token_id: int
+    text: str
+    """Text that became final with this token; may be empty, may hold several tokens' text."""
+    logprob: float
+    """log π0 of the token."""
+    guided_logprob: float
+    """log π of the token; equal to `logprob` without guidance."""
+    kl: float
+    """KL(π‖π0) of the step, nats."""
+    finish_reason: str | None = None
+    """stop | length, on the last token."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """A finished response with what guidance did to it."""
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    """Ends with EOS when the model ended the response itself."""
+    text: str = ""
+    finish_reason: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    guided_logprobs: list[float] = field(default_factory=list)
+    kl: float = 0.0
+    """Sum of the steps' KL(π‖π0), nats."""
+    base_positions: int = 0
+    """Token positions run through the base model, prompt included."""
+    value_positions: dict[str, int] = field(default_factory=dict)
+    """The same for each scorer, by its name."""
+
+    def add(self, token: Token) -> None:
+        """Take in the next token."""
+        self.token_ids.append(token.token_id)
+        self.text += token.text
+        self.logprobs.append(token.logprob)
+        self.guided_logprobs.append(token.guided_logprob)
+        self.kl += token.kl
+        self.finish_reason = token.finish_reason or ""
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request under way. Its last token is not in the KV cache yet: the next step runs it."""
+
+    request: Request
+    response: list[int] = field(default_factory=list)
+    unscored: list[int] = field(default_factory=list)
+    """Tokens appended since the scorers last saw the sequence."""
+
+    @property
+    def last_token(self) -> int:
+        return self.response[-1] if self.response else self.request.prompt_token_ids[-1]
+
+    @property
+    def guided(self) -> bool:
+        return self.request.guidance.active()
+
+    def append(self, token: int) -> None:
+        """Take in the sampled token."""
+        self.response.append(token)
+        self.unscored.append(token)

@@ -1,0 +1,34 @@
+"""The one error a user ever sees: what is wrong, where, and how to mend it."""
+
+
+class VasError(Exception):
+    """A mistake or obstacle that the user can mend.
+
+    what: one sentence that says what is wrong.
+    where: the file, key, row or URI concerned.
+    mend: what to do about it.
+    """
+
+    def __init__(self, what: str, where: str | None = None, mend: str | None = None) -> None:
+        super().__init__(what, where, mend)
+        self.what = what
+        self.where = where
+        self.mend = mend
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.mend:
+            lines.append(f"  mend:  {self.mend}")
+        return "\n".join(lines)
+
+
+def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
+    """A sentence that suggests the nearest known name, or lists them all."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"known: {', '.join(sorted(known))}" if known else "none is known"

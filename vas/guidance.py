@@ -1,0 +1,162 @@
+"""The maths of Value Augmented Sampling (Han et al., arXiv:2405.06639), as pure functions.
+
+Shape suffixes: B sequences, V vocabulary, K candidates, J objectives, T positions,
+C histogram bins. Log-probabilities are natural; values and rewards are in reward
+standard deviations. An excluded token has log-probability -inf.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+NEVER = float("-inf")
+
+
+def policy_logprobs(
+    logits_BV: Tensor, temperature_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
+) -> Tensor:
+    """log π0(a|s; temperature, top_k, top_p, min_p), renormalised over what is kept. Returns [B, V].
+
+    Truncations apply in the field's usual order: top_k (0 keeps all), then top_p, then
+    min_p. Temperature 0 (greedy) counts as 1 here, for it is the arg-max of the guided
+    logits of temperature 1; the sampler takes the arg-max.
+    """
+    logits_BV = logits_BV.float()
+    scaled = logits_BV / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
+    logprobs = torch.log_softmax(scaled, dim=-1)
+    cut_k, cut_p, cut_min = (bool(cut.any()) for cut in (top_k_B > 0, top_p_B < 1, min_p_B > 0))
+    if not (cut_k or cut_p or cut_min):
+        return logprobs
+    vocab = logprobs.shape[-1]
+    if cut_k:
+        k = top_k_B.clamp(max=vocab)
+        kth = logprobs.topk(int(k.max()), dim=-1).values.gather(1, (k - 1).clamp(min=0)[:, None])
+        logprobs = logprobs.masked_fill((logprobs < kth) & (k > 0)[:, None], NEVER)
+    if cut_p:
+        ordered, order = torch.log_softmax(logprobs, dim=-1).sort(dim=-1, descending=True)
+        probs = ordered.exp()
+        beyond = (probs.cumsum(dim=-1) - probs) >= top_p_B[:, None]
+        beyond &= (top_p_B < 1)[:, None]
+        logprobs = logprobs.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), NEVER)
+    if cut_min:
+        floor = logprobs.max(dim=-1, keepdim=True).values + min_p_B.log()[:, None]
+        logprobs = logprobs.masked_fill(logprobs < floor, NEVER)
+    return torch.log_softmax(logprobs, dim=-1)
+
+
+def select_candidates(logprobs_BV: Tensor, k_B: Tensor, always: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates: the top k tokens of π0 and those of `always` (EOS), less what π0 excludes.
+
+    k_B: [B] tokens to take, may differ by row. always: [E] token ids.
+    Returns token ids [B, K] and which of them count [B, K], K = max(k) + E; a token stands once.
+    """
+    vocab = logprobs_BV.shape[-1]
+    top = logprobs_BV.topk(min(int(k_B.max()), vocab), dim=-1)
+    within = torch.arange(top.indices.shape[1], device=logprobs_BV.device) < k_B[:, None]
+    extra = always.expand(len(logprobs_BV), -1)
+    tokens = torch.cat([top.indices, extra], dim=1)
+    already = ((extra[:, :, None] == top.indices[:, None, :]) & within[:, None, :]).any(-1)
+    valid = torch.cat([within, ~already], dim=1)
+    return tokens, valid & logprobs_BV.gather(1, tokens).isfinite()
+
+
+def advantages(
+    values_BKJ: Tensor, logprobs_BK: Tensor, valid_BK: Tensor, mean_B: Tensor | None = None
+) -> Tensor:
+    """A_j(s,a) = V_j(s·a) − Σ_b π0(b|s)·V_j(s·b) / Σ_b π0(b|s), b over the candidates. Returns [B, K, J].
+
+    mean_B: rows whose baseline is the candidates' unweighted mean instead, as in the authors' code.
+    A candidate that does not count gets 0.
+    """
+    weights = torch.softmax(logprobs_BK.masked_fill(~valid_BK, NEVER), dim=-1)
+    if mean_B is not None:
+        uniform = valid_BK / valid_BK.sum(-1, keepdim=True).clamp(min=1)
+        weights = torch.where(mean_B[:, None], uniform, weights)
+    weights = weights.nan_to_num(0.0)  # a row without any candidate
+    baseline = (weights[:, :, None] * values_BKJ.masked_fill(~valid_BK[:, :, None], 0.0)).sum(1, keepdim=True)
+    return (values_BKJ - baseline).masked_fill(~valid_BK[:, :, None], 0.0)
+
+
+def combine(
+    logprobs_BV: Tensor,
+    candidates_BK: Tensor,
+    valid_BK: Tensor,
+    advantages_BKJ: Tensor,
+    strengths_BJ: Tensor,
+    drop_B: Tensor | None = None,
+) -> Tensor:
+    """Guided log-probabilities: π(a|s) ∝ π0(a|s)·exp(Σ_j β_j·A_j(s,a)). Returns [B, V].
+
+    Tokens outside the candidates have A = 0, or are dropped in the rows that `drop_B` marks.
+    The decoding rule of arXiv:2405.06639, with a β for each objective.
+    """
+    tilt_BK = torch.einsum("bkj,bj->bk", advantages_BKJ, strengths_BJ).masked_fill(~valid_BK, 0.0)
+    if drop_B is not None and bool(drop_B.any()):
+        candidate_BV = torch.zeros_like(logprobs_BV, dtype=torch.bool)
+        candidate_BV.scatter_reduce_(1, candidates_BK, valid_BK, reduce="amax", include_self=True)
+        dropped = ~candidate_BV & (drop_B & valid_BK.any(-1))[:, None]
+        logprobs_BV = logprobs_BV.masked_fill(dropped, NEVER)
+    return torch.log_softmax(logprobs_BV.scatter_add(1, candidates_BK, tilt_BK), dim=-1)
+
+
+def kl_divergence(guided_BV: Tensor, base_BV: Tensor) -> Tensor:
+    """Exact KL(π‖π0) of one step in nats, over the tokens that π keeps. Returns [B]."""
+    ratio = (guided_BV - base_BV).masked_fill(guided_BV == NEVER, 0.0)
+    return (guided_BV.exp() * ratio).sum(-1)
+
+
+def td_lambda_targets(values_BTJ: Tensor, rewards_BJ: Tensor, last_B: Tensor, td_lambda: float) -> Tensor:
+    """TD(λ) targets with γ=1 and the reward at the end. Returns [B, T, J].
+
+    G_t = (1−λ)·V(s_{t+1}) + λ·G_{t+1} and G_last = R, where state t follows t tokens of
+    the response and `last_B` is the index of the final state. Beyond it the target is R.
+    """
+    targets = rewards_BJ[:, None, :].expand_as(values_BTJ).clone()
+    following = rewards_BJ
+    for t in range(values_BTJ.shape[1] - 2, -1, -1):
+        step = (1 - td_lambda) * values_BTJ[:, t + 1] + td_lambda * following
+        following = torch.where((t < last_B)[:, None], step, rewards_BJ)
+        targets[:, t] = following
+    return targets
+
+
+def bin_centers(low: float, high: float, bins: int) -> Tensor:
+    """Centres of `bins` equal bins over [low, high]: [C]."""
+    return torch.linspace(low, high, bins)
+
+
+def two_hot(targets: Tensor, centers_C: Tensor) -> Tensor:
+    """Label that puts a target's mass on its two nearest bins, keeping its mean. Returns [..., C]."""
+    width = centers_C[1] - centers_C[0]
+    place = ((targets - centers_C[0]) / width).clamp(0, len(centers_C) - 1)
+    return (1 - (place[..., None] - torch.arange(len(centers_C), device=targets.device)).abs()).clamp(min=0)
+
+
+def hl_gauss(targets: Tensor, centers_C: Tensor, spread: float = 0.75) -> Tensor:
+    """HL-Gauss label: a normal around the target, integrated over each bin. Returns [..., C].
+
+    spread: the normal's standard deviation in bin widths (Farebrother et al., arXiv:2403.03950).
+    """
+    width = centers_C[1] - centers_C[0]
+    edges = torch.cat([centers_C - width / 2, (centers_C[-1] + width / 2)[None]])
+    targets = targets.clamp(centers_C[0], centers_C[-1])
+    mass = torch.erf((edges - targets[..., None]) / (math.sqrt(2) * spread * width)).diff(dim=-1)
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def expected_value(logits_C: Tensor, centers_C: Tensor) -> Tensor:
+    """E[R] of a categorical head: [..., C] to [...]."""
+    return (torch.softmax(logits_C, dim=-1) * centers_C).sum(-1)
+
+
+def soft_value(logits_C: Tensor, centers_C: Tensor, strength: Tensor) -> Tensor:
+    """(1/β)·log E[exp(βR)] of a categorical head, β → 0 being E[R] (Q#, arXiv:2502.20548).
+
+    logits_C: [..., C]; strength: β, broadcastable to [...]. Returns [...].
+    """
+    safe = torch.where(strength.abs() < 1e-4, torch.ones_like(strength), strength)
+    tilted = torch.logsumexp(torch.log_softmax(logits_C, dim=-1) + safe[..., None] * centers_C, dim=-1) / safe
+    return torch.where(strength.abs() < 1e-4, expected_value(logits_C, centers_C), tilted)

@@ -1,0 +1,1 @@
+"""Base models and value models: loading, saving, and the value model itself."""

@@ -1,0 +1,219 @@
+"""The value model: a backbone with a head per objective, as a Hugging Face model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from vas import config, storage
+from vas.errors import VasError
+from vas.models.base import load_pretrained, tokenizer_digest
+from vas.models.heads import CategoricalHead, Head, ScalarHead
+
+
+class ValueModelConfig(PreTrainedConfig):
+    """What a value-model checkpoint says of itself (config.json).
+
+    backbone: the backbone's own config. objectives: one dict each with `name`, `mean`, `std`
+    (of the training rollouts' rewards), `low`, `high` (range of the standardised reward)
+    and `reward_version`. head: `{"kind", "bins", "label"}`.
+    """
+
+    model_type = "vas_value"
+
+    def __init__(
+        self,
+        backbone: dict[str, Any] | None = None,
+        objectives: list[dict[str, Any]] | None = None,
+        head: dict[str, Any] | None = None,
+        tokenizer_digest: str = "",
+        base_model: str = "",
+        td_lambda: float = 1.0,
+        run_digest: str = "",
+        **kwargs: Any,
+    ) -> None:
+        self.backbone = backbone or {}
+        self.objectives = objectives or []
+        self.head = head or {"kind": "categorical", "bins": 41, "label": "hl_gauss"}
+        self.tokenizer_digest = tokenizer_digest
+        self.base_model = base_model
+        self.td_lambda = td_lambda
+        self.run_digest = run_digest
+        super().__init__(**kwargs)
+
+    @property
+    def backbone_config(self) -> PreTrainedConfig:
+        """The backbone's config as an object."""
+        return AutoConfig.for_model(**self.backbone)
+
+
+class ValueModel(PreTrainedModel):
+    """V_j(s): the standardised reward j that the base model's rollout will get from token prefix s.
+
+    The state of position t is the prefix that ends with token t. Values are in standard
+    deviations of each reward; `config.objectives` has the mean and std to go back.
+    """
+
+    config_class = ValueModelConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: ValueModelConfig) -> None:
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.backbone_config)
+        width = config.backbone_config.get_text_config().hidden_size
+        self.heads = nn.ModuleList(
+            _make_head(config.head, objective, width) for objective in config.objectives
+        )
+        self.post_init()
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The names of the heads, in order."""
+        return tuple(objective["name"] for objective in self.config.objectives)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only heads are ever fresh."""
+        if isinstance(module, ScalarHead | CategoricalHead):
+            module.reset()
+        if isinstance(module, CategoricalHead):  # transformers builds models on the meta device
+            centers = torch.linspace(module.low, module.high, module.bins)
+            module.centers.copy_(centers)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def hidden(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """The backbone's last hidden states [B, T, H]; keyword arguments go to the backbone."""
+        return self.backbone(input_ids=input_ids, **kwargs).last_hidden_state
+
+    def outputs(self, hidden: Tensor) -> list[Tensor]:
+        """Every head's raw output for hidden states [..., H]."""
+        return [cast(Head, head)(hidden) for head in self.heads]
+
+    def values(self, outputs: Sequence[Tensor], strengths: Tensor | None = None) -> Tensor:
+        """Values [..., J] from the heads' outputs; soft values where `strengths` [..., J] is given."""
+        heads = cast(Sequence[Head], self.heads)
+        if strengths is None:
+            return torch.stack([h.value(o) for h, o in zip(heads, outputs, strict=True)], dim=-1)
+        each = [
+            h.soft_value(o, strengths[..., j]) for j, (h, o) in enumerate(zip(heads, outputs, strict=True))
+        ]
+        return torch.stack(each, dim=-1)
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Values [B, T, J] of every prefix of `input_ids` [B, T]."""
+        return self.values(self.outputs(self.hidden(input_ids, **kwargs)))
+
+    @classmethod
+    def build(
+        cls,
+        spec: config.Value,
+        base: config.Base,
+        tokenizer: PreTrainedTokenizerBase,
+        objectives: list[dict[str, Any]],
+        **about: Any,
+    ) -> ValueModel:
+        """A fresh value model: the backbone's pretrained weights (its first L layers), heads at zero."""
+        source = spec.backbone or base.model
+        revision = base.revision if source == base.model else None
+        full = load_pretrained(AutoConfig, source, revision).get_text_config()
+        layers = spec.layers or full.num_hidden_layers
+        if layers > full.num_hidden_layers:
+            raise VasError(
+                f"the backbone has {full.num_hidden_layers} layers, fewer than {layers}",
+                f"value.layers: {layers}",
+            )
+        pretrained = load_pretrained(AutoModelForCausalLM, source, revision, dtype=torch.float32)
+        backbone = full.to_dict() | {
+            "dtype": "float32",
+            "num_hidden_layers": layers,
+            full.attribute_map.get("num_hidden_layers", "num_hidden_layers"): layers,
+        }
+        if backbone.get("layer_types"):
+            backbone["layer_types"] = backbone["layer_types"][:layers]
+        model = cls(
+            ValueModelConfig(
+                backbone=backbone,
+                objectives=objectives,
+                head={"kind": spec.head, "bins": spec.bins, "label": spec.label},
+                tokenizer_digest=tokenizer_digest(tokenizer),
+                base_model=base.model,
+                **about,
+            )
+        )
+        missing, _ = model.backbone.load_state_dict(pretrained.base_model.state_dict(), strict=False)
+        assert not missing, f"the backbone lacks {missing}"
+        for head in model.heads:
+            cast(Head, head).reset()
+        return model.float()
+
+    @classmethod
+    def load(
+        cls, location: str, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> ValueModel:
+        """Load a checkpoint from a local path, an `s3://` URI or a hub id, ready to score.
+
+        Raises VasError if there is no value model there.
+        """
+        folder = tempfile.mkdtemp(prefix="vas-value-") if storage.is_remote(location) else None
+        try:
+            if folder:
+                storage.copy_directory(location, folder)
+            try:
+                model = cls.from_pretrained(folder or location, dtype=dtype or torch.float32)
+            except (OSError, ValueError) as error:
+                raise VasError(
+                    f"cannot load a value model: {str(error).splitlines()[0]}",
+                    location,
+                    "give the folder that holds its config.json, e.g. runs/NAME/value/default",
+                ) from None
+        finally:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+        return model.requires_grad_(False).eval().to(device or torch.device("cpu"))
+
+    def save(self, location: str, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+        """Write the checkpoint contract: config, safetensors, tokenizer and model card."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            (Path(folder) / "README.md").write_text(card)
+            storage.copy_directory(folder, location)
+
+
+def _make_head(spec: dict[str, Any], objective: dict[str, Any], width: int) -> Head:
+    if spec["kind"] == "scalar":
+        return ScalarHead(width)
+    return CategoricalHead(width, spec["bins"], objective["low"], objective["high"], spec["label"])
+
+
+def check_tokenizers(model: ValueModel, base_name: str, base_digest: str) -> None:
+    """Guidance by token id needs one vocabulary. Raises VasError that names both models otherwise."""
+    if model.config.tokenizer_digest != base_digest:
+        raise VasError(
+            "the value model and the base model have different tokenizers, so token ids mean different things",
+            f"value model of {model.config.base_model} ({model.config.tokenizer_digest}), "
+            f"base model {base_name} ({base_digest})",
+            "train the value model on a backbone that shares the base model's tokenizer",
+        )
+
+
+AutoConfig.register("vas_value", ValueModelConfig, exist_ok=True)
+AutoModel.register(ValueModelConfig, ValueModel, exist_ok=True)

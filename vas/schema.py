@@ -1,0 +1,102 @@
+"""The rows that stages hand each other, and the identities that make them resumable."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A chat or a plain string, with an id that stays the same wherever it is read."""
+
+    prompt_id: str
+    messages: tuple[Message, ...] = ()
+    """A chat; empty for a plain string."""
+    text: str = ""
+    """A plain string, to be continued as it is; empty for a chat."""
+    held_out: bool = False
+
+    def last_user_text(self) -> str:
+        """What was asked: the last user message, or the plain string."""
+        for message in reversed(self.messages):
+            if message["role"] == "user":
+                return message["content"]
+        return self.text
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One response sampled for a prompt (a row of rollouts/round=R/*.parquet)."""
+
+    rollout_id: str
+    prompt_id: str
+    sample_index: int
+    round: int
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]
+    """Ends with EOS when the model ended the response itself."""
+    response_text: str
+    logprobs: list[float]
+    """log π0 of each response token, at the sampling temperature and truncation."""
+    finish_reason: str
+    """stop | length | error"""
+    base_model: str
+    tokenizer_digest: str
+    held_out: bool = False
+    error: str | None = None
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    roll_in_length: int = 0
+
+
+PROMPT_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("text", pa.string()),
+        ("held_out", pa.bool_()),
+    ]
+)
+
+
+def rollout_schema(objectives: list[str]) -> pa.Schema:
+    """Arrow schema of a rollout row with a reward column per objective."""
+    return pa.schema(
+        [
+            ("rollout_id", pa.string()),
+            ("prompt_id", pa.string()),
+            ("sample_index", pa.int32()),
+            ("round", pa.int32()),
+            ("prompt_token_ids", pa.list_(pa.int32())),
+            ("response_token_ids", pa.list_(pa.int32())),
+            ("response_text", pa.string()),
+            ("logprobs", pa.list_(pa.float32())),
+            ("finish_reason", pa.string()),
+            ("base_model", pa.string()),
+            ("tokenizer_digest", pa.string()),
+            ("held_out", pa.bool_()),
+            ("error", pa.string()),
+            ("rewards", pa.struct([(name, pa.float64()) for name in objectives])),
+            ("roll_in_length", pa.int32()),
+        ]
+    )
+
+
+def digest(*parts: Any) -> str:
+    """16 hex digits that identify `parts`; unit-separated, so ("ab", "c") differs from ("a", "bc")."""
+    return hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).hexdigest()[:16]
+
+
+def rollout_id(run_seed: int, round: int, prompt_id: str, sample_index: int) -> str:
+    """The rollout's identity: the same whoever samples it, and however often it is retried."""
+    return digest("rollout", run_seed, round, prompt_id, sample_index)
+
+
+def rollout_seed(identity: str) -> int:
+    """The seed of a rollout's random numbers, a function of its identity alone."""
+    return int(identity, 16) % (1 << 63)
