@@ -47,7 +47,7 @@ class Prompts(_Section):
     source: str
     """Path or URI (.jsonl, .parquet, .txt, or a directory of them), or a `bundled:` name."""
     field: str | None = None
-    """Column that holds the prompt; by default `messages`, `prompt`, `text` or `question`, whichever there is."""
+    """Column that holds the prompt; by default the first there is of `messages`, `prompt`, `question`, `text`."""
     system: str | None = None
     """System message put before prompts that bring none."""
     held_out: float = Field(0.2, gt=0, lt=1)

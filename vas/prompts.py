@@ -73,10 +73,7 @@ def prompts_to_table(prompts: list[Prompt]) -> pa.Table:
 
 def prompts_from_table(table: pa.Table) -> list[Prompt]:
     """The inverse of `prompts_to_table`."""
-    return [
-        Prompt(row["prompt_id"], tuple(row["messages"]), row["text"], row["held_out"])
-        for row in table.select(PROMPT_SCHEMA.names).to_pylist()
-    ]
+    return [Prompt.from_row(row) for row in table.select(PROMPT_SCHEMA.names).to_pylist()]
 
 
 def _rows(source: str) -> Iterator[tuple[dict[str, Any], str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -22,36 +22,17 @@ class Prompt:
     """A plain string, to be continued as it is; empty for a chat."""
     held_out: bool = False
 
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Prompt:
+        """The prompt in a row that has PROMPT_SCHEMA's columns."""
+        return cls(row["prompt_id"], tuple(row["messages"] or ()), row["text"] or "", row["held_out"])
+
     def last_user_text(self) -> str:
         """What was asked: the last user message, or the plain string."""
         for message in reversed(self.messages):
             if message["role"] == "user":
                 return message["content"]
         return self.text
-
-
-@dataclass(slots=True)
-class Rollout:
-    """One response sampled for a prompt (a row of rollouts/round=R/*.parquet)."""
-
-    rollout_id: str
-    prompt_id: str
-    sample_index: int
-    round: int
-    prompt_token_ids: list[int]
-    response_token_ids: list[int]
-    """Ends with EOS when the model ended the response itself."""
-    response_text: str
-    logprobs: list[float]
-    """log π0 of each response token, at the sampling temperature and truncation."""
-    finish_reason: str
-    """stop | length | error"""
-    base_model: str
-    tokenizer_digest: str
-    held_out: bool = False
-    error: str | None = None
-    rewards: dict[str, float | None] = field(default_factory=dict)
-    roll_in_length: int = 0
 
 
 PROMPT_SCHEMA = pa.schema(
@@ -64,8 +45,18 @@ PROMPT_SCHEMA = pa.schema(
 )
 
 
-def rollout_schema(objectives: list[str]) -> pa.Schema:
-    """Arrow schema of a rollout row with a reward column per objective."""
+def rollout_schema(objectives: list[str], guided: bool = False) -> pa.Schema:
+    """Arrow schema of a row of rollouts/round=R/*.parquet; `rewards` has a field per objective.
+
+    guided: add what guidance did, for responses of the guided policy.
+    """
+    guidance = [
+        ("setting", pa.string()),  # JSON: objective → strength
+        ("guided_logprobs", pa.list_(pa.float32())),
+        ("kl", pa.float64()),  # Σ over the response's steps, nats
+        ("base_positions", pa.int32()),  # token positions run through the base model
+        ("value_positions", pa.int32()),
+    ]
     return pa.schema(
         [
             ("rollout_id", pa.string()),
@@ -73,16 +64,18 @@ def rollout_schema(objectives: list[str]) -> pa.Schema:
             ("sample_index", pa.int32()),
             ("round", pa.int32()),
             ("prompt_token_ids", pa.list_(pa.int32())),
-            ("response_token_ids", pa.list_(pa.int32())),
+            ("response_token_ids", pa.list_(pa.int32())),  # ends with EOS when the model ended the response itself
             ("response_text", pa.string()),
-            ("logprobs", pa.list_(pa.float32())),
-            ("finish_reason", pa.string()),
+            ("logprobs", pa.list_(pa.float32())),  # log π0 of each response token, as it was sampled
+            ("finish_reason", pa.string()),  # stop | length | error
             ("base_model", pa.string()),
             ("tokenizer_digest", pa.string()),
             ("held_out", pa.bool_()),
             ("error", pa.string()),
             ("rewards", pa.struct([(name, pa.float64()) for name in objectives])),
             ("roll_in_length", pa.int32()),
+            ("decode_seconds", pa.float64()),  # the row's share of its batch's time on one actor
+            *(guidance if guided else []),
         ]
     )
 

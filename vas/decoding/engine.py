@@ -51,17 +51,15 @@ class Engine:
         self._completions: dict[str, Completion] = {}
         self._texts: dict[str, Detokenizer] = {}
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises VasError if it cannot be decoded."""
-        if request.request_id in self._completions:
-            raise VasError(f"request id '{request.request_id}' is in use already")
+    def check(self, request: Request) -> None:
+        """Raise VasError if the request could never be decoded here."""
         if not request.prompt_token_ids:
             raise VasError("the prompt is empty", request.request_id, "give at least one token")
         longest = len(request.prompt_token_ids) + request.sampling.max_tokens
-        if self._base.context_length is not None and longest > self._base.context_length:
+        room = self._base.context_length
+        if room is not None and longest > room:
             raise VasError(
-                f"prompt and max_tokens make {longest} tokens; {self._base.name} has room for "
-                f"{self._base.context_length}",
+                f"prompt and max_tokens make {longest} tokens; {self._base.name} has room for {room}",
                 request.request_id,
                 "shorten the prompt or lower max_tokens",
             )
@@ -70,6 +68,12 @@ class Engine:
                 raise VasError(
                     f"no value model knows the objective '{name}'", mend=nearest(name, list(self.objectives))
                 )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises VasError as `check` does, or if its id is in use."""
+        self.check(request)
+        if request.request_id in self._completions:
+            raise VasError(f"request id '{request.request_id}' is in use already")
         self._completions[request.request_id] = Completion(request.request_id)
         self._texts[request.request_id] = Detokenizer(self._base.tokenizer, request.sampling.stop)
         self._waiting.append(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -189,12 +190,15 @@ class ValueModel(PreTrainedModel):
                 shutil.rmtree(folder, ignore_errors=True)
         return model.requires_grad_(False).eval().to(device or torch.device("cpu"))
 
-    def save(self, location: str, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-        """Write the checkpoint contract: config, safetensors, tokenizer and model card."""
+    def save(
+        self, location: str, tokenizer: PreTrainedTokenizerBase, card: str, history: list[dict[str, Any]] | None = None
+    ) -> None:
+        """Write the checkpoint contract: config, safetensors, tokenizer, model card; and training.json, its history."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             (Path(folder) / "README.md").write_text(card)
+            (Path(folder) / "training.json").write_text(json.dumps(history or []))
             storage.copy_directory(folder, location)
 
 

@@ -1,0 +1,1 @@
+"""Rollouts: prompts → sampler actors → rewards → committed Parquet rows, on Ray Data."""

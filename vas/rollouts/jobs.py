@@ -1,0 +1,93 @@
+"""What is to be sampled: a row per prompt and setting, with the sample indices that are missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from vas import schema, storage
+
+JOB_SCHEMA = pa.schema(
+    [
+        *schema.PROMPT_SCHEMA,
+        ("setting", pa.string()),  # JSON: objective → strength; "{}" samples from π0
+        ("round", pa.int32()),
+        ("sample_index", pa.list_(pa.int32())),
+        ("rollout_id", pa.list_(pa.string())),
+        ("seed", pa.list_(pa.int64())),
+    ]
+)
+
+BASE_SETTING = "{}"
+
+
+def setting_key(strengths: dict[str, float]) -> str:
+    """The JSON that names a setting of β, the same for the same strengths."""
+    return json.dumps({name: float(beta) for name, beta in sorted(strengths.items()) if beta})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Responses to sample: `samples` a prompt, under one setting of β.
+
+    The random numbers of a sample are a function of (seed, prompt, sample_index) alone, so
+    settings are compared under the same ones.
+    """
+
+    prompts: list[schema.Prompt]
+    samples: int
+    run_seed: int
+    round: int = 0
+    setting: str = BASE_SETTING
+
+    def rollout_id(self, prompt: schema.Prompt, sample_index: int) -> str:
+        """The identity of one response."""
+        base = schema.rollout_id(self.run_seed, self.round, prompt.prompt_id, sample_index)
+        return base if self.setting == BASE_SETTING else schema.digest(base, self.setting)
+
+    def missing(self, finished: set[str], sequences: int) -> list[pa.Table]:
+        """What is left to sample, in batches of about `sequences` responses."""
+        batches, rows, count = [], [], 0
+        for prompt in self.prompts:
+            left = {i: self.rollout_id(prompt, i) for i in range(self.samples)}
+            left = {i: identity for i, identity in left.items() if identity not in finished}
+            if not left:
+                continue
+            if rows and count + len(left) > sequences:
+                batches.append(pa.Table.from_pylist(rows, schema=JOB_SCHEMA))
+                rows, count = [], 0
+            rows.append(self._job(prompt, left))
+            count += len(left)
+        if rows:
+            batches.append(pa.Table.from_pylist(rows, schema=JOB_SCHEMA))
+        return batches
+
+    def _job(self, prompt: schema.Prompt, left: dict[int, str]) -> dict[str, object]:
+        seeds = [
+            schema.rollout_seed(schema.rollout_id(self.run_seed, self.round, prompt.prompt_id, i)) for i in left
+        ]
+        return {
+            "prompt_id": prompt.prompt_id,
+            "messages": list(prompt.messages),
+            "text": prompt.text,
+            "held_out": prompt.held_out,
+            "setting": self.setting,
+            "round": self.round,
+            "sample_index": list(left),
+            "rollout_id": list(left.values()),
+            "seed": seeds,
+        }
+
+
+def finished_ids(location: str) -> set[str]:
+    """The ids of all rows committed under a location."""
+    table = storage.read_table(storage.list_files(location, ".parquet"), columns=["rollout_id"])
+    return set(table["rollout_id"].to_pylist()) if table.num_columns else set()
+
+
+def read_rollouts(location: str, columns: Iterable[str] | None = None) -> pa.Table:
+    """All committed rows under a location."""
+    return storage.read_table(storage.list_files(location, ".parquet"), columns=list(columns) if columns else None)

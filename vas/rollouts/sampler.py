@@ -1,0 +1,126 @@
+"""The sampler: an actor that holds the models and turns jobs into rows."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pyarrow as pa
+
+from vas import schema
+from vas.config import RunConfig
+from vas.errors import VasError
+from vas.rollouts.jobs import BASE_SETTING
+
+
+class Sampler:
+    """A Ray Data actor: base model and, when guided, a value model, behind one decoding engine.
+
+    A job that cannot be decoded becomes rows with `error` set; it never stops the others.
+    """
+
+    def __init__(self, config: RunConfig, value: str | None = None) -> None:
+        import torch
+
+        from vas.decoding.engine import Engine
+        from vas.decoding.scorer import ValueScorer
+        from vas.models.base import load_base, set_threads
+        from vas.models.value import ValueModel, check_tokenizers
+
+        set_threads(config.resources.cpus_per_actor)
+        self._config = config
+        self._base = load_base(config.base)
+        scorers = []
+        if value is not None:
+            model = ValueModel.load(value, self._base.model.device)
+            check_tokenizers(model, self._base.name, self._base.tokenizer_digest)
+            scorers.append(ValueScorer(config.value.name, model))
+        self._engine = Engine(self._base, scorers, max_sequences=config.rollouts.batch_size)
+        # the prompt travels on with the row, for the rewards to read
+        self._schema = pa.schema([*schema.rollout_schema([], guided=True), *schema.PROMPT_SCHEMA.remove(3).remove(0)])
+        torch.set_grad_enabled(False)
+
+    def __call__(self, jobs: pa.Table) -> pa.Table:
+        """Sample every response of the jobs; rows without rewards, in the jobs' order."""
+        started = time.monotonic()
+        rows: dict[str, dict[str, Any]] = {}
+        requests = []
+        for job in jobs.to_pylist():
+            for position, identity in enumerate(job["rollout_id"]):
+                rows[identity], request = self._prepare(job, position)
+                if request is not None:
+                    requests.append(request)
+        for done in self._engine.generate(requests):
+            rows[done.request_id] |= {
+                "response_token_ids": done.token_ids,
+                "response_text": done.text,
+                "logprobs": done.logprobs,
+                "finish_reason": done.finish_reason,
+                "guided_logprobs": done.guided_logprobs,
+                "kl": done.kl,
+                "base_positions": done.base_positions,
+                "value_positions": sum(done.value_positions.values()),
+            }
+        seconds = (time.monotonic() - started) / max(len(rows), 1)
+        for row in rows.values():
+            row["decode_seconds"] = seconds
+        return pa.Table.from_pylist(list(rows.values()), schema=self._schema)
+
+    def _prepare(self, job: dict[str, Any], position: int) -> tuple[dict[str, Any], Any]:
+        """The row of one response, still empty, and the request that fills it (None if it can't be made)."""
+        from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
+        from vas.models.base import encode_prompt
+
+        prompt = schema.Prompt.from_row(job)
+        row = {
+            "rollout_id": job["rollout_id"][position],
+            "prompt_id": prompt.prompt_id,
+            "sample_index": job["sample_index"][position],
+            "round": job["round"],
+            "prompt_token_ids": [],
+            "response_token_ids": [],
+            "response_text": "",
+            "logprobs": [],
+            "finish_reason": "error",
+            "base_model": self._base.name,
+            "tokenizer_digest": self._base.tokenizer_digest,
+            "held_out": prompt.held_out,
+            "error": None,
+            "roll_in_length": 0,
+            "setting": job["setting"],
+            "messages": job["messages"],
+            "text": job["text"],
+        }
+        try:
+            tokens = encode_prompt(self._base.tokenizer, prompt)
+            row["prompt_token_ids"] = tokens
+            sampling = self._config.rollouts.sampling
+            evaluation = self._config.evaluation
+            request = Request(
+                row["rollout_id"],
+                tuple(tokens),
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k,
+                    min_p=sampling.min_p,
+                    max_tokens=sampling.max_tokens,
+                    stop=tuple(sampling.stop),
+                    seed=job["seed"][position],
+                ),
+                GuidanceParams()
+                if job["setting"] == BASE_SETTING
+                else GuidanceParams(
+                    json.loads(job["setting"]),
+                    evaluation.candidates,
+                    evaluation.value,
+                    evaluation.baseline,
+                    evaluation.outside,
+                ),
+            )
+            self._engine.check(request)
+            return row, request
+        except VasError as error:
+            row["error"] = str(error)
+            return row, None

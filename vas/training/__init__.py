@@ -1,0 +1,1 @@
+"""Fitting value models to TD targets, on Ray Train with DeepSpeed."""

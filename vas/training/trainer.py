@@ -1,0 +1,173 @@
+"""Sets up a Ray Train run over stored rollouts."""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from vas import storage
+from vas.config import RunConfig
+from vas.errors import VasError
+from vas.progress import Tracker
+from vas.rewards import load_rewards
+from vas.training.loop import train_worker
+from vas.training.packing import pack
+
+
+def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> dict[str, Any]:
+    """Fit a value model to the rollouts under `rollouts`; returns the last epoch's metrics.
+
+    rollouts, train_storage (Ray Train's own, resume state) and output (the checkpoint) are
+    locations. A run that was interrupted goes on from its last checkpoint.
+    Raises VasError if there is nothing to learn from.
+    """
+    files = storage.list_files(rollouts, ".parquet")
+    table = storage.read_table(files, columns=["prompt_id", "held_out", "error", "rewards"])
+    objectives = objective_statistics(config, table)
+    resources = config.resources
+    threads = resources.cpus_per_worker or max(1, (resources.num_cpus or os.cpu_count() or 1) // resources.workers)
+    board = _Board.remote()  # type: ignore[attr-defined]
+    prompts = _count_prompts(table, held_out=False)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config,
+            "objectives": objectives,
+            "rows": prompts,
+            "threads": threads,
+            "output": output,
+            "board": board,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=_resources_per_worker(config, threads),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray_train",
+            storage_path=train_storage if storage.is_remote(train_storage) else os.path.abspath(train_storage),
+            failure_config=ray.train.FailureConfig(max_failures=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+        datasets={
+            "train": _packed(files, held_out=False, objectives=list(config.rewards)),
+            "held_out": _packed(files, held_out=True, objectives=list(config.rewards)),
+        },
+    )
+    with Tracker("training", prompts * config.train.epochs) as tracker, _following(board, tracker):
+        result = trainer.fit()
+    if result.error is not None:
+        raise result.error
+    return result.metrics or {}
+
+
+def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, Any]]:
+    """Per objective: mean and std over the training rollouts, and the range of the standardised reward."""
+    good = table.filter(pc.and_(pc.is_null(table["error"]), pc.invert(table["held_out"])))
+    if not good.num_rows:
+        raise VasError(
+            "there is no rollout to learn from", mend="all of them failed: see the `error` column of rollouts/"
+        )
+    versions = {name: reward.version for name, reward in load_rewards(config.rewards).items()}
+    found = []
+    for name in config.rewards:
+        rewards = np.array(pc.struct_field(good["rewards"], name).to_pylist(), dtype=np.float64)
+        mean, std = float(rewards.mean()), float(rewards.std())
+        if std == 0:
+            raise VasError(
+                f"the reward '{name}' gives every rollout the same score ({mean:.4g}); there is nothing to learn",
+                f"rewards.{name}",
+                "check the reward, or sample with a higher temperature",
+            )
+        scaled = (rewards - mean) / std
+        margin = 0.05 * float(np.ptp(scaled))
+        found.append(
+            {
+                "name": name,
+                "mean": mean,
+                "std": std,
+                "low": float(scaled.min()) - margin,
+                "high": float(scaled.max()) + margin,
+                "reward_version": versions[name],
+            }
+        )
+    return found
+
+
+def _count_prompts(table: pa.Table, held_out: bool) -> int:
+    mine = pc.equal(table["held_out"], held_out)
+    return len(pc.unique(table.filter(pc.and_(mine, pc.is_null(table["error"])))["prompt_id"]))
+
+
+def _packed(files: list[str], held_out: bool, objectives: list[str]) -> ray.data.Dataset:
+    """Training rows of one side of the split, packed file by file as they stream in."""
+    filesystem, _ = storage.filesystem(files[0])
+    paths = [storage.filesystem(file)[1] for file in files]
+    columns = ["prompt_id", "prompt_token_ids", "response_token_ids", "finish_reason", "error", "held_out", "rewards"]
+    return ray.data.read_parquet(
+        paths, filesystem=filesystem, columns=columns, ray_remote_args={"num_cpus": 0.25}
+    ).map_batches(
+        partial(_pack_side, held_out=held_out, objectives=objectives),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0.25,
+    )
+
+
+def _pack_side(table: pa.Table, held_out: bool, objectives: list[str]) -> pa.Table:
+    return pack(table.filter(pc.equal(table["held_out"], held_out)), objectives)
+
+
+def _resources_per_worker(config: RunConfig, threads: int) -> dict[str, float]:
+    resources: dict[str, float] = {"CPU": threads}
+    if config.resources.gpus_per_worker:
+        resources["GPU"] = config.resources.gpus_per_worker
+    return resources
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where the first worker pins its progress, for the driver to read."""
+
+    def __init__(self) -> None:
+        self._count, self._note = 0, ""
+
+    def advance(self, count: int, note: str) -> None:
+        self._count, self._note = self._count + count, note
+
+    def read(self) -> tuple[int, str]:
+        return self._count, self._note
+
+
+class _following:
+    """Shows the board's progress while the block runs."""
+
+    def __init__(self, board: Any, tracker: Tracker) -> None:
+        self._board, self._tracker = board, tracker
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def _follow(self) -> None:
+        shown = 0
+        while not self._stop.wait(1.0):
+            count, note = ray.get(self._board.read.remote())
+            if count > shown:
+                self._tracker.advance(count - shown, note)
+                shown = count
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
