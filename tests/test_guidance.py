@@ -130,8 +130,7 @@ def test_td_lambda_is_the_mixture_of_n_step_returns(lengths, td_lambda, seed):
         for t in range(last + 1):
             naive = td_lambda ** (last - t) * rewards[b, 0].item()
             naive += sum(
-                (1 - td_lambda) * td_lambda ** (n - 1) * values[b, t + n, 0].item()
-                for n in range(1, last - t + 1)
+                (1 - td_lambda) * td_lambda ** (n - 1) * values[b, t + n, 0].item() for n in range(1, last - t + 1)
             )
             assert targets[b, t, 0].item() == pytest.approx(naive, abs=1e-9)
 
@@ -164,9 +163,7 @@ def test_soft_value_against_its_definition():
         naive = (logits.softmax(-1) * torch.exp(beta * centers)).sum(-1).log() / beta
         torch.testing.assert_close(soft, naive)
         assert ((soft - expected) * beta > 0).all()  # Jensen
-    torch.testing.assert_close(
-        g.soft_value(logits, centers, torch.full((5,), 2e-4)), expected, atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(g.soft_value(logits, centers, torch.full((5,), 2e-4)), expected, atol=1e-3, rtol=0)
 
 
 def test_value_tilted_steps_compose_to_the_tilted_sequence_distribution():

@@ -334,9 +334,7 @@ def test_hf_chat_model_equals_the_model_called_by_hand(llama):
     words = PreTrainedTokenizerFast.from_pretrained(llama)
     by_hand = []
     for response in RESPONSES:  # alone, so that no padding is involved; the last token is EOS
-        ids = words(f"user : tell me <eos>assistant : {response} <eos>", add_special_tokens=False)[
-            "input_ids"
-        ]
+        ids = words(f"user : tell me <eos>assistant : {response} <eos>", add_special_tokens=False)["input_ids"]
         assert ids[-1] == words.eos_token_id
         by_hand.append(model(torch.tensor([ids])).logits.item())
     assert len({round(value, 3) for value in by_hand}) == len(RESPONSES)
@@ -353,9 +351,9 @@ def test_hf_pair_model_equals_the_model_called_by_hand(bert):
     assert scores(f"hf:{bert}", *responses, **cpu) == pytest.approx(logits[:, 1].tolist(), abs=1e-4)
     assert scores(f"hf:{bert}", *responses, label=0, **cpu) == pytest.approx(logits[:, 0].tolist(), abs=1e-4)
     shares = logits.softmax(-1)[:, 0].tolist()
-    assert scores(
-        f"hf:{bert}", *responses, label="NEGATIVE", transform="probability", **cpu
-    ) == pytest.approx(shares, abs=1e-4)
+    assert scores(f"hf:{bert}", *responses, label="NEGATIVE", transform="probability", **cpu) == pytest.approx(
+        shares, abs=1e-4
+    )
 
 
 def test_hf_probability_of_a_single_logit_is_its_sigmoid(llama):

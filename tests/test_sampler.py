@@ -119,7 +119,10 @@ def test_draws_follow_the_distribution():
     expected = logprobs[0].double().exp().numpy() * count
     seen = np.bincount(drawn.numpy(), minlength=600)
     likely = expected > 20
-    pooled = np.append(seen[likely], seen[~likely].sum()), np.append(expected[likely], expected[~likely].sum())
+    pooled = (
+        np.append(seen[likely], seen[~likely].sum()),
+        np.append(expected[likely], expected[~likely].sum()),
+    )
     assert stats.chisquare(pooled[0], pooled[1] * pooled[0].sum() / pooled[1].sum()).pvalue > 0.01
 
 

@@ -102,9 +102,7 @@ def tiny_base(arch: str = "llama", dtype: torch.dtype = torch.float32, layers: i
     model.requires_grad_(False).eval()
     model.lm_head.weight *= 1.5
     tokenizer = tiny_tokenizer()
-    return BaseModel(
-        f"tiny-{arch}", model.to(dtype), tokenizer, (tokenizer.eos_token_id,), tokenizer_digest(tokenizer)
-    )
+    return BaseModel(f"tiny-{arch}", model.to(dtype), tokenizer, (tokenizer.eos_token_id,), tokenizer_digest(tokenizer))
 
 
 @lru_cache

@@ -228,9 +228,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise VasError(f"the config is not valid YAML: {_one_line(error)}", str(path)) from None
     if not isinstance(content, dict):
         raise VasError("the config must be a mapping of sections", str(path), "see configs/demo.yaml")
-    for override in overrides:
-        _apply(content, override)
-    return parse_config(content, str(path))
+    return parse_config(override(content, overrides), str(path))
+
+
+def override(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply `a.b=c` overrides to a config that is a mapping (changed in place). Raises VasError."""
+    for text in overrides:
+        _apply(content, text)
+    return content
 
 
 def parse_config(content: dict[str, Any], where: str) -> RunConfig:
@@ -239,31 +244,28 @@ def parse_config(content: dict[str, Any], where: str) -> RunConfig:
         return RunConfig.model_validate(content)
     except ValidationError as error:
         raise VasError(
-            "the config has "
-            + (f"{error.error_count()} mistakes" if error.error_count() > 1 else "a mistake"),
+            "the config has " + (f"{error.error_count()} mistakes" if error.error_count() > 1 else "a mistake"),
             where,
             "\n         ".join(_explain(item) for item in error.errors()),
         ) from None
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _apply(content: dict[str, Any], override_: str) -> None:
     """Set one dotted key of `content` in place."""
-    dotted, separator, text = override.partition("=")
+    dotted, separator, text = override_.partition("=")
     if not separator or not dotted:
-        raise VasError("an override must read key=value", f"--set {override}", "e.g. --set train.lr=1e-4")
+        raise VasError("an override must read key=value", f"--set {override_}", "e.g. --set train.lr=1e-4")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise VasError(
-            f"the override's value is not valid YAML: {_one_line(error)}", f"--set {override}"
-        ) from None
+        raise VasError(f"the override's value is not valid YAML: {_one_line(error)}", f"--set {override}") from None
     if isinstance(value, str):
         value = _number(value)
     *parents, last = dotted.split(".")
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            raise VasError(f"'{parent}' is a value, not a section", f"--set {override}")
+            raise VasError(f"'{parent}' is a value, not a section", f"--set {override_}")
     content[last] = value
 
 

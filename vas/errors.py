@@ -32,3 +32,19 @@ def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(sorted(known))}" if known else "none is known"
+
+
+def as_vas_error(error: BaseException | None) -> VasError | None:
+    """The VasError behind an exception, however Ray or a chain of causes has wrapped it; else None."""
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        here = pending.pop()
+        if here is None or id(here) in seen:
+            continue
+        seen.add(id(here))
+        if type(here) is VasError:
+            return here
+        failures = getattr(here, "worker_failures", None) or {}
+        pending += [here.__context__, here.__cause__, getattr(here, "cause", None), *failures.values()]
+    return None

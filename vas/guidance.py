@@ -63,9 +63,7 @@ def select_candidates(logprobs_BV: Tensor, k_B: Tensor, always: Tensor) -> tuple
     return tokens, valid & logprobs_BV.gather(1, tokens).isfinite()
 
 
-def advantages(
-    values_BKJ: Tensor, logprobs_BK: Tensor, valid_BK: Tensor, mean_B: Tensor | None = None
-) -> Tensor:
+def advantages(values_BKJ: Tensor, logprobs_BK: Tensor, valid_BK: Tensor, mean_B: Tensor | None = None) -> Tensor:
     """A_j(s,a) = V_j(s·a) − Σ_b π0(b|s)·V_j(s·b) / Σ_b π0(b|s), b over the candidates. Returns [B, K, J].
 
     mean_B: rows whose baseline is the candidates' unweighted mean instead, as in the authors' code.
@@ -100,6 +98,11 @@ def combine(
         dropped = ~candidate_BV & (drop_B & valid_BK.any(-1))[:, None]
         logprobs_BV = logprobs_BV.masked_fill(dropped, NEVER)
     return torch.log_softmax(logprobs_BV.scatter_add(1, candidates_BK, tilt_BK), dim=-1)
+
+
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """An attention mask as models add it: 0 where `allowed`, the dtype's lowest number elsewhere."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def kl_divergence(guided_BV: Tensor, base_BV: Tensor) -> Tensor:

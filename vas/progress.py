@@ -6,7 +6,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True)
 _LINE_EVERY_S = 15.0
@@ -15,8 +22,8 @@ _LINE_EVERY_S = 15.0
 class Tracker:
     """Counts work done, with a note beside it.
 
-        with Tracker("sampling", total=3200) as tracker:
-            tracker.advance(64, "410 tokens/s")
+    with Tracker("sampling", total=3200) as tracker:
+        tracker.advance(64, "410 tokens/s")
     """
 
     def __init__(self, title: str, total: int) -> None:
@@ -53,7 +60,8 @@ class Tracker:
             elapsed = self._spoke - self._started
             left = elapsed / max(self._done, 1) * (self._total - self._done)
             console.print(
-                f"{self._title:<12} {self._done}/{self._total}  {elapsed:.0f} s, {left:.0f} s to go  {note}", highlight=False
+                f"{self._title:<12} {self._done}/{self._total}  {elapsed:.0f} s, {left:.0f} s to go  {note}",
+                highlight=False,
             )
 
     @property
@@ -61,6 +69,8 @@ class Tracker:
         """Seconds since the start."""
         return time.monotonic() - self._started
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -64,7 +64,10 @@ def rollout_schema(objectives: list[str], guided: bool = False) -> pa.Schema:
             ("sample_index", pa.int32()),
             ("round", pa.int32()),
             ("prompt_token_ids", pa.list_(pa.int32())),
-            ("response_token_ids", pa.list_(pa.int32())),  # ends with EOS when the model ended the response itself
+            (
+                "response_token_ids",
+                pa.list_(pa.int32()),
+            ),  # ends with EOS when the model ended the response itself
             ("response_text", pa.string()),
             ("logprobs", pa.list_(pa.float32())),  # log π0 of each response token, as it was sampled
             ("finish_reason", pa.string()),  # stop | length | error

@@ -28,6 +28,12 @@ def join(location: str, *parts: str) -> str:
     return "/".join([location.rstrip("/"), *parts])
 
 
+def parent(location: str) -> str:
+    """The directory a location is in."""
+    head, separator, _ = location.rstrip("/").rpartition("/")
+    return head if separator else "."
+
+
 def filesystem(location: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow filesystem of a location, and the path inside it."""
     if location.startswith("s3://"):
@@ -82,9 +88,7 @@ def read_bytes(location: str) -> bytes:
         with fs.open_input_stream(path) as stream:
             return stream.read()
     except OSError as error:
-        raise VasError(
-            f"cannot read this file: {_reason(error)}", location, "check the path and its rights"
-        ) from None
+        raise VasError(f"cannot read this file: {_reason(error)}", location, "check the path and its rights") from None
 
 
 def write_bytes(location: str, content: bytes) -> None:
@@ -111,9 +115,7 @@ def write_table(location: str, table: pa.Table) -> None:
     write_bytes(location, sink.getvalue().to_pybytes())
 
 
-def read_table(
-    locations: list[str], schema: pa.Schema | None = None, columns: list[str] | None = None
-) -> pa.Table:
+def read_table(locations: list[str], schema: pa.Schema | None = None, columns: list[str] | None = None) -> pa.Table:
     """Read and concatenate Parquet files."""
     tables = []
     for location in locations:
@@ -133,9 +135,7 @@ def copy_directory(source: str, target: str) -> None:
     target_fs, target_path = filesystem(target)
     try:
         target_fs.create_dir(target_path, recursive=True)
-        pafs.copy_files(
-            source_path, target_path, source_filesystem=source_fs, destination_filesystem=target_fs
-        )
+        pafs.copy_files(source_path, target_path, source_filesystem=source_fs, destination_filesystem=target_fs)
     except OSError as error:
         raise _unwritable(target, error) from None
 
@@ -145,6 +145,4 @@ def _reason(error: Exception) -> str:
 
 
 def _unwritable(location: str, error: OSError) -> VasError:
-    return VasError(
-        f"cannot write here: {_reason(error)}", location, "check the path, its rights and free space"
-    )
+    return VasError(f"cannot write here: {_reason(error)}", location, "check the path, its rights and free space")

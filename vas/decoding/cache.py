@@ -6,7 +6,7 @@ leaves, the last row moves into its place.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class SlotCache(Cache):
         self.lengths[owner] = 0
         self._owners.append(owner)
 
+    @torch.inference_mode()
     def free(self, owner: Hashable) -> None:
         """Take a sequence out; the last row moves into its place."""
         row, last = self.row_of.pop(owner), len(self._owners) - 1
@@ -49,9 +50,9 @@ class SlotCache(Cache):
         if mover != owner:
             self._owners[row] = mover
             self.row_of[mover] = row
-            width = self.lengths[mover]
+            # all of it: a scorer's candidates lie behind the row's length and may yet be kept
             for layer in (*self.keys, *self.values):
-                layer[row, :width] = layer[last, :width]
+                layer[row] = layer[last]
 
     def copy(self, source: Hashable, target: Hashable) -> None:
         """Let `target` hold what `source` holds."""
@@ -60,7 +61,7 @@ class SlotCache(Cache):
         for layer in (*self.keys, *self.values):
             layer[self.row_of[target], :width] = layer[self.row_of[source], :width]
 
-    def move_columns(self, owners: list[Hashable], sources: list[int], targets: list[int]) -> None:
+    def move_columns(self, owners: Sequence[Hashable], sources: list[int], targets: list[int]) -> None:
         """Within each sequence's row, copy one column over another."""
         if not owners or not self.keys:
             return
@@ -70,7 +71,7 @@ class SlotCache(Cache):
         for layer in (*self.keys, *self.values):
             layer[rows, target] = layer[rows, source]
 
-    def plan(self, owners: list[Hashable], columns_BT: Tensor, width: int) -> None:
+    def plan(self, owners: Sequence[Hashable], columns_BT: Tensor, width: int) -> None:
         """Say where the next pass writes: token t of owner b at `columns_BT[b, t]`; it reads `width` columns."""
         rows = torch.tensor([self.row_of[owner] for owner in owners], device=columns_BT.device)
         in_order = rows.tolist() == list(range(len(owners)))

@@ -26,12 +26,12 @@ class Detokenizer:
         """Take the next token; return the text that became final. None ends the response and releases all."""
         if token is not None:
             self._tokens.append(token)
-        text = self._done + self._tail()
-        for stop in self._stop:
-            found = text.find(stop)
-            if found >= 0:
-                self.stopped = True
-                text = text[:found]
+        tail = self._tail()  # may settle tokens, so before `_done` is read
+        text = self._done + tail
+        found = [text.index(stop) for stop in self._stop if stop in text]
+        if found:
+            self.stopped = True
+            text = text[: min(found)]
         final = len(text) if token is None or self.stopped else len(text) - self._held(text)
         fresh = text[self._released : final]
         self._released = max(self._released, final)
@@ -44,9 +44,7 @@ class Detokenizer:
         # settled token is decoded along with the new ones and its own text cut off.
         if len(self._tokens) - self._decoded_from > 16 and not tail.endswith(_UNFINISHED):
             keep = len(self._tokens) - 4
-            settled = self._tokenizer.decode(
-                self._tokens[self._decoded_from : keep], skip_special_tokens=True
-            )
+            settled = self._tokenizer.decode(self._tokens[self._decoded_from : keep], skip_special_tokens=True)
             rest = self._decode(keep)
             if settled + rest == tail:
                 self._done += settled
@@ -59,10 +57,11 @@ class Detokenizer:
 
     def _held(self, text: str) -> int:
         """How many characters at the end must wait."""
-        held = len(text) - len(text.rstrip(_UNFINISHED))
+        whole = text.rstrip(_UNFINISHED)
+        held = 0
         for stop in self._stop:
-            for size in range(min(len(stop) - 1, len(text)), held, -1):
-                if text.endswith(stop[:size]):
+            for size in range(min(len(stop) - 1, len(whole)), held, -1):
+                if whole.endswith(stop[:size]):
                     held = size
                     break
-        return held
+        return held + len(text) - len(whole)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence as Many
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Many
 
 import torch
 from torch import Tensor
@@ -33,9 +34,7 @@ class Engine:
         for scorer in scorers:
             for name in scorer.objectives:
                 if name in self.objectives:
-                    raise VasError(
-                        f"two value models bring the objective '{name}'", scorer.name, "name them apart"
-                    )
+                    raise VasError(f"two value models bring the objective '{name}'", scorer.name, "name them apart")
                 self.objectives[name] = len(self.objectives)
         model = base.model
         self._runner = ModelRunner(
@@ -55,6 +54,10 @@ class Engine:
         """Raise VasError if the request could never be decoded here."""
         if not request.prompt_token_ids:
             raise VasError("the prompt is empty", request.request_id, "give at least one token")
+        vocab = self._base.model.get_input_embeddings().num_embeddings
+        for token in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
+            if not 0 <= token < vocab:  # would take every running sequence down with it
+                raise VasError(f"token id {token} is outside the vocabulary", request.request_id)
         longest = len(request.prompt_token_ids) + request.sampling.max_tokens
         room = self._base.context_length
         if room is not None and longest > room:
@@ -82,18 +85,22 @@ class Engine:
         self, requests: Iterable[Request], on_finish: Callable[[Completion], None] | None = None
     ) -> list[Completion]:
         """Decode requests to the end; completions come in the requests' order."""
-        order = []
-        for request in requests:
-            self.add(request)
-            order.append(request.request_id)
-        done: dict[str, Completion] = {}
-        while len(done) < len(order):
-            for token in self.step():
-                if token.finish_reason:
-                    done[token.request_id] = self.take(token.request_id)
-                    if on_finish:
-                        on_finish(done[token.request_id])
-        return [done[request_id] for request_id in order]
+        done: dict[str, Completion | None] = {}
+        try:
+            for request in requests:
+                self.add(request)
+                done[request.request_id] = None
+            while None in done.values():
+                for token in self.step():
+                    if token.finish_reason and token.request_id in done:
+                        done[token.request_id] = completion = self.take(token.request_id)
+                        if on_finish:
+                            on_finish(completion)
+        except BaseException:
+            for request_id in done:
+                self.abort(request_id)
+            raise
+        return [completion for completion in done.values() if completion]
 
     def stream(self, request: Request) -> Iterator[Token]:
         """Decode one request, a token at a time; leaving the loop early frees it."""
@@ -217,14 +224,10 @@ class Engine:
         drop = torch.tensor([p.outside == "drop" for p in params], device=device)
         result = guidance.combine(policy, tokens, valid, advantage, strengths, drop)
         return (
-            result
-            if len(rows) == len(sequences)
-            else base_BV.index_copy(0, torch.tensor(rows, device=device), result)
+            result if len(rows) == len(sequences) else base_BV.index_copy(0, torch.tensor(rows, device=device), result)
         )
 
-    def _values(
-        self, sequences: list[Sequence], tokens_BK: Tensor, valid_BK: Tensor, strengths_BJ: Tensor
-    ) -> Tensor:
+    def _values(self, sequences: list[Sequence], tokens_BK: Tensor, valid_BK: Tensor, strengths_BJ: Tensor) -> Tensor:
         """Values of the candidates for every objective, 0 where a sequence doesn't use the scorer. [B, K, J]"""
         values = torch.zeros(*tokens_BK.shape, len(self.objectives), device=tokens_BK.device)
         for scorer in self._scorers:
@@ -256,9 +259,7 @@ class Engine:
         strengths = sequence.request.guidance.objectives
         return any(strengths.get(name) for name in scorer.objectives)
 
-    def _append(
-        self, sequence: Sequence, token: int, logprob: float, guided_logprob: float, kl: float
-    ) -> Token:
+    def _append(self, sequence: Sequence, token: int, logprob: float, guided_logprob: float, kl: float) -> Token:
         """Take the sampled token in; a finished sequence leaves at once."""
         request_id = sequence.request.request_id
         sequence.append(token)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from vas import guidance
 from vas.decoding.cache import SlotCache
 
 PREFILL_TOKENS = 4096  # padded tokens in one prefill pass
@@ -39,7 +40,7 @@ class ModelRunner:
         self._layer_types = set(getattr(config, "layer_types", None) or ())
 
     @torch.inference_mode()
-    def prefill(self, owners: list[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
+    def prefill(self, owners: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
         """Give new sequences a row each and run their tokens; equal token lists run once.
 
         Returns the positions run for each owner (0 for one that shares another's).
@@ -48,9 +49,7 @@ class ModelRunner:
         for owner, tokens in zip(owners, token_ids, strict=True):
             self.cache.add(owner)
             first.setdefault(tokens, owner)
-        pending = sorted(
-            ((tokens, owner) for tokens, owner in first.items() if tokens), key=lambda item: len(item[0])
-        )
+        pending = sorted(((tokens, owner) for tokens, owner in first.items() if tokens), key=lambda item: len(item[0]))
         while pending:
             count = max(1, PREFILL_TOKENS // len(pending[-1][0]))
             batch, pending = pending[-count:], pending[:-count]
@@ -60,7 +59,7 @@ class ModelRunner:
                 self.cache.copy(first[tokens], owner)
         return {o: len(t) if first[t] == o else 0 for o, t in zip(owners, token_ids, strict=True)}
 
-    def _run_prompts(self, owners: list[Hashable], token_ids: list[tuple[int, ...]]) -> None:
+    def _run_prompts(self, owners: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> None:
         longest = max(map(len, token_ids))
         ids = torch.zeros(len(owners), longest, dtype=torch.long, device=self.device)
         for b, tokens in enumerate(token_ids):
@@ -74,7 +73,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(
         self,
-        owners: list[Hashable],
+        owners: Sequence[Hashable],
         ids_BT: Tensor,
         columns_BT: Tensor,
         seen_BT: Tensor,
@@ -83,14 +82,14 @@ class ModelRunner:
         """Run tokens: each is written at its column, and sees the columns before `seen_BT`, and itself."""
         return self._pass(self._forward, owners, ids_BT, columns_BT, seen_BT, positions_BT)
 
-    def lengths(self, owners: list[Hashable]) -> Tensor:
+    def lengths(self, owners: Sequence[Hashable]) -> Tensor:
         """How many tokens each sequence has in the cache: [B]."""
         return torch.tensor([self.cache.lengths[owner] for owner in owners], device=self.device)
 
     def _pass(
         self,
         forward: Callable[..., Any],
-        owners: list[Hashable],
+        owners: Sequence[Hashable],
         ids_BT: Tensor,
         columns_BT: Tensor,
         seen_BT: Tensor,
@@ -120,5 +119,4 @@ class ModelRunner:
         return self._additive(full if self._layer_types == {"full_attention"} else sliding)
 
     def _additive(self, allowed_BTL: Tensor) -> Tensor:
-        mask = torch.zeros(allowed_BTL.shape, dtype=self.dtype, device=self.device)
-        return mask.masked_fill_(~allowed_BTL, torch.finfo(self.dtype).min)[:, None]
+        return guidance.additive_mask(allowed_BTL[:, None], self.dtype)

@@ -8,7 +8,7 @@ token is ever run twice.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from vas.models.value import ValueModel
 class ScoreBatch:
     """One step's question to a scorer: what are these candidates worth?"""
 
-    sequences: list[Hashable]
+    sequences: Sequence[Hashable]
     taken: list[list[int]]
     """Tokens each sequence has appended since it was last opened or scored."""
     candidates_BK: Tensor
@@ -42,7 +42,7 @@ class Scorer(Protocol):
     parameters: int
     """Weights used per position, for counting FLOPs."""
 
-    def open(self, sequences: list[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
+    def open(self, sequences: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
         """Begin sequences at their prompts; returns positions run for each."""
         ...
 
@@ -63,16 +63,14 @@ class ValueScorer:
         self.objectives = model.objectives
         self._model = model
         backbone = model.backbone
-        self.parameters = (
-            sum(p.numel() for p in backbone.parameters()) - model.get_input_embeddings().weight.numel()
-        )
+        self.parameters = sum(p.numel() for p in backbone.parameters()) - model.get_input_embeddings().weight.numel()
         self._runner = ModelRunner(
             backbone.__call__, backbone.__call__, model.config.backbone_config, model.dtype, model.device
         )
         self._offered: dict[Hashable, list[int]] = {}
         """Last step's candidates; candidate i lies at column length + i."""
 
-    def open(self, sequences: list[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
+    def open(self, sequences: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
         """Run the prompts; equal ones share the work."""
         self._offered.update((sequence, []) for sequence in sequences)
         return self._runner.prefill(sequences, token_ids)

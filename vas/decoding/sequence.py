@@ -28,6 +28,7 @@ class SamplingParams:
             "top_k": self.top_k >= 0,
             "min_p": 0 <= self.min_p < 1,
             "max_tokens": self.max_tokens > 0,
+            "stop": all(self.stop),  # an empty string would stop before the first token
         }.items():
             if not good:
                 raise VasError(f"{name} is out of its range: {getattr(self, name)}")
@@ -47,9 +48,7 @@ class GuidanceParams:
     def __post_init__(self) -> None:
         for name, strength in self.objectives.items():
             if not math.isfinite(strength):
-                raise VasError(
-                    f"the strength of '{name}' is not finite: {strength}", mend="give a number, e.g. 2"
-                )
+                raise VasError(f"the strength of '{name}' is not finite: {strength}", mend="give a number, e.g. 2")
         if self.candidates < 1:
             raise VasError(f"candidates must be at least 1, not {self.candidates}")
 

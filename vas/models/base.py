@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vas import config, schema
@@ -52,9 +53,7 @@ def load_base(spec: config.Base, device: str | None = None) -> BaseModel:
     tokenizer = load_tokenizer(spec.model, spec.revision)
     model = load_pretrained(AutoModelForCausalLM, spec.model, spec.revision, dtype=getattr(torch, dtype))
     model.requires_grad_(False).eval().to(target)
-    return BaseModel(
-        spec.model, model, tokenizer, _eos_token_ids(model, tokenizer), tokenizer_digest(tokenizer)
-    )
+    return BaseModel(spec.model, model, tokenizer, _eos_token_ids(model, tokenizer), tokenizer_digest(tokenizer))
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -67,7 +66,7 @@ def load_pretrained(auto_class: Any, model: str, revision: str | None = None, **
     path = bundled.resolve(model)
     try:
         return auto_class.from_pretrained(path, revision=revision or "main", **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         local = os.path.sep in model and not os.path.exists(model) and model.count("/") != 1
         mend = (
@@ -93,9 +92,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: schema.Prompt) -> 
     if not prompt.messages:
         ids = tokenizer(prompt.text).input_ids
     elif tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            list(prompt.messages), add_generation_prompt=True, tokenize=False
-        )
+        text = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False).input_ids
     else:
         ids = tokenizer("\n\n".join(message["content"] for message in prompt.messages) + "\n\n").input_ids

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -78,9 +79,7 @@ class ValueModel(PreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.backbone_config)
         width = config.backbone_config.get_text_config().hidden_size
-        self.heads = nn.ModuleList(
-            _make_head(config.head, objective, width) for objective in config.objectives
-        )
+        self.heads = nn.ModuleList(_make_head(config.head, objective, width) for objective in config.objectives)
         self.post_init()
 
     @property
@@ -113,9 +112,7 @@ class ValueModel(PreTrainedModel):
         heads = cast(Sequence[Head], self.heads)
         if strengths is None:
             return torch.stack([h.value(o) for h, o in zip(heads, outputs, strict=True)], dim=-1)
-        each = [
-            h.soft_value(o, strengths[..., j]) for j, (h, o) in enumerate(zip(heads, outputs, strict=True))
-        ]
+        each = [h.soft_value(o, strengths[..., j]) for j, (h, o) in enumerate(zip(heads, outputs, strict=True))]
         return torch.stack(each, dim=-1)
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -166,9 +163,7 @@ class ValueModel(PreTrainedModel):
         return model.float()
 
     @classmethod
-    def load(
-        cls, location: str, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> ValueModel:
+    def load(cls, location: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> ValueModel:
         """Load a checkpoint from a local path, an `s3://` URI or a hub id, ready to score.
 
         Raises VasError if there is no value model there.
@@ -178,8 +173,11 @@ class ValueModel(PreTrainedModel):
             if folder:
                 storage.copy_directory(location, folder)
             try:
+                kind = AutoConfig.from_pretrained(folder or location).model_type
+                if kind != cls.config_class.model_type:
+                    raise ValueError(f"what is there is a model of type {kind}")
                 model = cls.from_pretrained(folder or location, dtype=dtype or torch.float32)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, SafetensorError) as error:
                 raise VasError(
                     f"cannot load a value model: {str(error).splitlines()[0]}",
                     location,
@@ -191,7 +189,11 @@ class ValueModel(PreTrainedModel):
         return model.requires_grad_(False).eval().to(device or torch.device("cpu"))
 
     def save(
-        self, location: str, tokenizer: PreTrainedTokenizerBase, card: str, history: list[dict[str, Any]] | None = None
+        self,
+        location: str,
+        tokenizer: PreTrainedTokenizerBase,
+        card: str,
+        history: list[dict[str, Any]] | None = None,
     ) -> None:
         """Write the checkpoint contract: config, safetensors, tokenizer, model card; and training.json, its history."""
         with tempfile.TemporaryDirectory() as folder:

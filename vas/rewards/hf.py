@@ -164,9 +164,7 @@ class HfReward:
 
         with _reading(self.name, self.where):
             config = AutoConfig.from_pretrained(self.name, revision=self.params.revision)
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.name, revision=self.params.revision, truncation_side="left"
-            )
+            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.params.revision, truncation_side="left")
         return config, tokenizer
 
     @cached_property

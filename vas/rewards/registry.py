@@ -95,8 +95,7 @@ def build(name: str, params: Mapping[str, Any], where: str) -> BuiltinReward:
         raise VasError(
             f"unknown reward '{name}'",
             f"{where}.use",
-            f"{nearest(name, list(_REWARDS))} Besides the built-in ones there are hf:MODEL and "
-            "python:module.function",
+            f"{nearest(name, list(_REWARDS))} Besides the built-in ones there are hf:MODEL and python:module.function",
         )
     reward = _REWARDS[name].parse(params, where)
     if reward.entry.module:

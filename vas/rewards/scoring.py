@@ -53,10 +53,7 @@ def _results(reward: Reward, prompts: Sequence[Prompt], responses: Sequence[str]
     except Exception as error:  # whatever a reward may raise, the other rows go on
         if len(prompts) == 1:
             return [f"{type(error).__name__}: {error}"]
-        return [
-            _results(reward, [prompt], [response])[0]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        return [_results(reward, [prompt], [response])[0] for prompt, response in zip(prompts, responses, strict=True)]
     return [_checked(value) for value in values]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vas import schema, storage
 
@@ -50,7 +51,9 @@ class Plan:
 
     def missing(self, finished: set[str], sequences: int) -> list[pa.Table]:
         """What is left to sample, in batches of about `sequences` responses."""
-        batches, rows, count = [], [], 0
+        batches: list[pa.Table] = []
+        rows: list[dict[str, object]] = []
+        count = 0
         for prompt in self.prompts:
             left = {i: self.rollout_id(prompt, i) for i in range(self.samples)}
             left = {i: identity for i, identity in left.items() if identity not in finished}
@@ -66,9 +69,7 @@ class Plan:
         return batches
 
     def _job(self, prompt: schema.Prompt, left: dict[int, str]) -> dict[str, object]:
-        seeds = [
-            schema.rollout_seed(schema.rollout_id(self.run_seed, self.round, prompt.prompt_id, i)) for i in left
-        ]
+        seeds = [schema.rollout_seed(schema.rollout_id(self.run_seed, self.round, prompt.prompt_id, i)) for i in left]
         return {
             "prompt_id": prompt.prompt_id,
             "messages": list(prompt.messages),
@@ -80,6 +81,21 @@ class Plan:
             "rollout_id": list(left.values()),
             "seed": seeds,
         }
+
+
+def discard_failed(location: str) -> int:
+    """Take failed rows out of the committed files, so that they are sampled again; returns how many.
+
+    Each file is replaced whole: whenever this is interrupted, a row is there once or missing.
+    """
+    failed = 0
+    for file in storage.list_files(location, ".parquet"):
+        table = storage.read_table([file])
+        good = table.filter(pc.is_null(table["error"]))
+        if good.num_rows < table.num_rows:
+            failed += table.num_rows - good.num_rows
+            storage.write_table(file, good)
+    return failed
 
 
 def finished_ids(location: str) -> set[str]:

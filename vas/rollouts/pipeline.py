@@ -14,7 +14,7 @@ import ray.data
 from vas import rewards, schema, storage
 from vas.config import RunConfig
 from vas.progress import Tracker
-from vas.rollouts.jobs import Plan, finished_ids
+from vas.rollouts.jobs import Plan, discard_failed, finished_ids
 from vas.rollouts.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,10 @@ def sample(config: RunConfig, plans: list[Plan], location: str, title: str, valu
     """Sample, score and commit every response of the plans that is not committed under `location` yet.
 
     value: location of the value model that guides, for plans with a setting.
-    Raises VasError if nothing at all could be sampled.
+    Rows that failed in an earlier pass are tried again.
     """
+    if discard_failed(location):
+        logger.info("trying the rows again that failed before")
     finished = finished_ids(location)
     batches = [batch for plan in plans for batch in plan.missing(finished, config.rollouts.batch_size)]
     total = sum(plan.samples * len(plan.prompts) for plan in plans)
@@ -97,7 +99,9 @@ def sample(config: RunConfig, plans: list[Plan], location: str, title: str, valu
         .map_batches(
             Sampler,
             fn_constructor_args=(config, value),
-            compute=ray.data.ActorPoolStrategy(size=min(_actors(config), len(batches)), max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(_actors(config), len(batches)), max_tasks_in_flight_per_actor=2
+            ),
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=config.resources.cpus_per_actor,

@@ -42,7 +42,12 @@ def model_card(model: ValueModelConfig, config: RunConfig, history: list[dict[st
         )
     lines += ["", "Figures are of held-out prompts.", ""]
     for name, metrics in held_out.items():
-        lines += [f"## Calibration: {name}", "", "| mean value | mean reward | states |", "| --- | --- | --- |"]
+        lines += [
+            f"## Calibration: {name}",
+            "",
+            "| mean value | mean reward | states |",
+            "| --- | --- | --- |",
+        ]
         lines += [f"| {b['value']:.3f} | {b['reward']:.3f} | {b['states']} |" for b in metrics["calibration"]]
         lines.append("")
     return "\n".join(lines)

@@ -16,11 +16,11 @@ from torch import nn
 from vas.config import RunConfig
 from vas.models.base import load_tokenizer, set_threads
 from vas.models.value import ValueModel
+from vas.training.batches import Batch, collate
 from vas.training.card import model_card
 from vas.training.deepspeed_config import deepspeed_config
 from vas.training.metrics import Held
 from vas.training.objective import ValueObjective
-from vas.training.packing import Batch, collate
 
 SHUFFLE_ROWS = 256
 

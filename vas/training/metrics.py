@@ -39,9 +39,7 @@ class Held:
         return {
             name: {
                 "explained_variance": explained_variance(value[:, j], reward[:, j]),
-                "by_quarter": [
-                    explained_variance(value[quarter == q, j], reward[quarter == q, j]) for q in range(4)
-                ],
+                "by_quarter": [explained_variance(value[quarter == q, j], reward[quarter == q, j]) for q in range(4)],
                 "calibration": calibration(value[:, j], reward[:, j]),
             }
             for j, name in enumerate(objectives)

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from vas import guidance
 from vas.models.heads import Head
 from vas.models.value import ValueModel
-from vas.training.packing import Batch
+from vas.training.batches import Batch
 
 
 class ValueObjective(nn.Module):
     """Loss of a value model on packed rollouts; the module that DeepSpeed wraps.
 
-    The TD targets come from the values of this very pass, without gradient. Padding rows of
-    the mask see nothing but themselves and the prompt; no state lies there.
+    The TD targets come from the values of this very pass, without gradient.
     """
+
+    mean_J: Tensor
+    std_J: Tensor
 
     def __init__(self, model: ValueModel, td_lambda: float) -> None:
         super().__init__()

