@@ -59,13 +59,15 @@ class Engine:
             if not 0 <= token < vocab:  # would take every running sequence down with it
                 raise VasError(f"token id {token} is outside the vocabulary", request.request_id)
         longest = len(request.prompt_token_ids) + request.sampling.max_tokens
-        room = self._base.context_length
-        if room is not None and longest > room:
-            raise VasError(
-                f"prompt and max_tokens make {longest} tokens; {self._base.name} has room for {room}",
-                request.request_id,
-                "shorten the prompt or lower max_tokens",
-            )
+        rooms = {self._base.name: self._base.context_length}
+        rooms |= {scorer.name: scorer.context_length for scorer in self._scorers if self._uses(request, scorer)}
+        for model, room in rooms.items():
+            if room is not None and longest > room:
+                raise VasError(
+                    f"prompt and max_tokens make {longest} tokens; {model} has room for {room}",
+                    request.request_id,
+                    "shorten the prompt or lower max_tokens",
+                )
         for name in request.guidance.objectives:
             if name not in self.objectives:
                 raise VasError(
@@ -174,7 +176,7 @@ class Engine:
         for request_id, positions in run.items():
             self._completions[str(request_id)].base_positions += positions
         for scorer in self._scorers:
-            wanted = [s.request.request_id for s in fresh if self._uses(s, scorer)]
+            wanted = [s.request.request_id for s in fresh if self._uses(s.request, scorer)]
             if wanted:
                 for request_id, positions in scorer.open(wanted, [prompts[i] for i in wanted]).items():
                     self._completions[str(request_id)].value_positions[scorer.name] = positions
@@ -231,7 +233,7 @@ class Engine:
         """Values of the candidates for every objective, 0 where a sequence doesn't use the scorer. [B, K, J]"""
         values = torch.zeros(*tokens_BK.shape, len(self.objectives), device=tokens_BK.device)
         for scorer in self._scorers:
-            rows = [b for b, sequence in enumerate(sequences) if self._uses(sequence, scorer)]
+            rows = [b for b, sequence in enumerate(sequences) if self._uses(sequence.request, scorer)]
             if not rows:
                 continue
             wanted = [sequences[b] for b in rows]
@@ -255,8 +257,8 @@ class Engine:
         return values
 
     @staticmethod
-    def _uses(sequence: Sequence, scorer: Scorer) -> bool:
-        strengths = sequence.request.guidance.objectives
+    def _uses(request: Request, scorer: Scorer) -> bool:
+        strengths = request.guidance.objectives
         return any(strengths.get(name) for name in scorer.objectives)
 
     def _append(self, sequence: Sequence, token: int, logprob: float, guided_logprob: float, kl: float) -> Token:
@@ -285,5 +287,5 @@ class Engine:
             self._running[self._running.index(sequence)] = last
         self._runner.cache.free(sequence.request.request_id)
         for scorer in self._scorers:
-            if self._uses(sequence, scorer):
+            if self._uses(sequence.request, scorer):
                 scorer.close(sequence.request.request_id)

@@ -39,8 +39,8 @@ class Scorer(Protocol):
 
     name: str
     objectives: tuple[str, ...]
-    parameters: int
-    """Weights used per position, for counting FLOPs."""
+    context_length: int | None
+    """Longest sequence it has positions for; None if it does not say."""
 
     def open(self, sequences: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
         """Begin sequences at their prompts; returns positions run for each."""
@@ -63,9 +63,9 @@ class ValueScorer:
         self.objectives = model.objectives
         self._model = model
         backbone = model.backbone
-        self.parameters = sum(p.numel() for p in backbone.parameters()) - model.get_input_embeddings().weight.numel()
+        self.context_length = getattr(model.config.backbone_config, "max_position_embeddings", None)
         self._runner = ModelRunner(
-            backbone.__call__, backbone.__call__, model.config.backbone_config, model.dtype, model.device
+            backbone.forward, backbone.forward, model.config.backbone_config, model.dtype, model.device
         )
         self._offered: dict[Hashable, list[int]] = {}
         """Last step's candidates; candidate i lies at column length + i."""
