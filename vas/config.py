@@ -9,29 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vas.errors import VasError, nearest
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"must be a finite number, not {value}")
-    return value
-
-
-Finite = Annotated[float, AfterValidator(_finite)]
-Strengths = dict[str, Finite]
+Strengths = dict[str, float]
 
 
 class Base(_Section):
@@ -67,9 +60,11 @@ class Sampling(_Section):
     temperature: float = Field(1.0, ge=0)
     """Of the base model; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Keep the likeliest tokens that together have this probability; 1 keeps every token."""
     top_k: int = Field(0, ge=0)
     """0 keeps every token."""
     min_p: float = Field(0.0, ge=0, lt=1)
+    """Drop tokens below this share of the likeliest one's probability."""
     max_tokens: int = Field(128, gt=0)
     """Longest response, in tokens."""
     stop: list[str] = Field(default_factory=list)
@@ -78,9 +73,11 @@ class Sampling(_Section):
 
 class Rollouts(_Section):
     samples_per_prompt: int = Field(8, gt=0)
+    """Responses sampled for every prompt."""
     batch_size: int = Field(128, gt=0)
     """Sequences an actor decodes at once; a batch is also what a crash can cost."""
     sampling: Sampling = Field(default_factory=Sampling)
+    """How the next token is drawn; guided responses are drawn the same way."""
 
 
 class Value(_Section):
@@ -91,6 +88,7 @@ class Value(_Section):
     layers: int | None = Field(None, gt=0)
     """Keep only the first so many layers of the backbone."""
     head: Literal["categorical", "scalar"] = "categorical"
+    """What a hidden state becomes: a histogram of rewards, or one number."""
     bins: int = Field(41, ge=2)
     """Histogram bins of the categorical head."""
     label: Literal["hl_gauss", "two_hot"] = "hl_gauss"
@@ -101,6 +99,7 @@ class Train(_Section):
     td_lambda: float = Field(1.0, ge=0, le=1)
     """λ of TD(λ); 1 is Monte Carlo."""
     epochs: int = Field(2, gt=0)
+    """Passes over the training rollouts."""
     batch_size: int = Field(16, gt=0)
     """Prompts per optimizer step, over all workers; each brings all its rollouts."""
     micro_batch_size: int = Field(4, gt=0)
@@ -110,9 +109,11 @@ class Train(_Section):
     head_lr: float = Field(3e-3, gt=0)
     """Peak learning rate of the heads."""
     weight_decay: float = Field(0.01, ge=0)
+    """Of the backbone's matrices; biases, norms and heads have none."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises; then it falls along a cosine."""
     gradient_clipping: float = Field(1.0, gt=0)
+    """Largest norm of a step's gradient."""
     train_embeddings: bool = False
     """Train the token embeddings too (they are large, and rarely need it)."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -154,11 +155,13 @@ class Resources(_Section):
     cpus_per_actor: int = Field(1, gt=0)
     """Torch threads of a sampler actor."""
     gpus_per_actor: float = Field(0, ge=0)
+    """GPUs of a sampler actor; a fraction shares one."""
     workers: int = Field(1, gt=0)
     """Training workers."""
     cpus_per_worker: int | None = Field(None, gt=0)
     """Torch threads of a training worker; default the machine's cores shared out."""
     gpus_per_worker: float = Field(0, ge=0)
+    """GPUs of a training worker."""
 
 
 class RunConfig(_Section):
@@ -169,15 +172,23 @@ class RunConfig(_Section):
     runs_dir: str = "runs"
     """Directory or URI that holds runs."""
     seed: int = Field(0, ge=0)
+    """Seed of sampling, training and the bootstrap."""
     base: Base
+    """The frozen language model."""
     prompts: Prompts
+    """What it is asked."""
     rewards: dict[str, Reward] = Field(min_length=1)
     """Objective name → reward."""
     rollouts: Rollouts = Field(default_factory=Rollouts)
+    """How the base model is sampled."""
     value: Value = Field(default_factory=Value)
+    """The value model."""
     train: Train = Field(default_factory=Train)
+    """How the value model is fitted."""
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    """What is compared, and how guidance decodes."""
     resources: Resources = Field(default_factory=Resources)
+    """Where the run computes."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -207,7 +218,7 @@ class RunConfig(_Section):
 
     def yaml(self) -> str:
         """The resolved config, every default spelled out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -217,13 +228,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise VasError(
             f"cannot read the config: {error.strerror}", str(path), "check the path; configs/ has examples"
         ) from None
+    except UnicodeDecodeError as error:
+        raise VasError(
+            f"the config is not UTF-8 text: {error.reason} at byte {error.start}", str(path), "save it as UTF-8"
+        ) from None
     try:
-        content = yaml.safe_load(text)
+        content = _read_yaml(text)
     except yaml.YAMLError as error:
         raise VasError(f"the config is not valid YAML: {_one_line(error)}", str(path)) from None
     if not isinstance(content, dict):
@@ -256,11 +271,9 @@ def _apply(content: dict[str, Any], override_: str) -> None:
     if not separator or not dotted:
         raise VasError("an override must read key=value", f"--set {override_}", "e.g. --set train.lr=1e-4")
     try:
-        value = yaml.safe_load(text)
+        value = _read_yaml(text)
     except yaml.YAMLError as error:
-        raise VasError(f"the override's value is not valid YAML: {_one_line(error)}", f"--set {override}") from None
-    if isinstance(value, str):
-        value = _number(value)
+        raise VasError(f"the override's value is not valid YAML: {_one_line(error)}", f"--set {override_}") from None
     *parents, last = dotted.split(".")
     for parent in parents:
         content = content.setdefault(parent, {})
@@ -269,12 +282,21 @@ def _apply(content: dict[str, Any], override_: str) -> None:
     content[last] = value
 
 
-def _number(text: str) -> Any:
+class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as a string; people mean the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would take for a number."""
+
+
+_EXPONENT = re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _one_line(error: Exception) -> str:

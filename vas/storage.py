@@ -7,7 +7,9 @@ pyarrow knows. S3-compatible stores are found through `AWS_ENDPOINT_URL`.
 from __future__ import annotations
 
 import os
+import re
 import uuid
+from contextlib import suppress
 from functools import lru_cache
 from urllib.parse import urlparse
 
@@ -56,19 +58,37 @@ def _s3(endpoint: str | None) -> pafs.FileSystem:
 
 def exists(location: str) -> bool:
     """True if a file or directory is there."""
+    return kind_of(location) != pafs.FileType.NotFound
+
+
+def kind_of(location: str) -> pafs.FileType:
+    """File, Directory or NotFound. Raises VasError if the store does not answer."""
     fs, path = filesystem(location)
-    return fs.get_file_info(path).type != pafs.FileType.NotFound
+    try:
+        return fs.get_file_info(path).type
+    except OSError as error:
+        raise _unreachable(location, error) from None
 
 
 def list_files(location: str, suffix: str = "") -> list[str]:
-    """Locations of the committed files under a directory, sorted; none if it does not exist."""
+    """Locations of the committed files under a directory, sorted; none if it does not exist.
+
+    What begins with a dot or an underscore, file or folder, is not committed.
+    """
     fs, path = filesystem(location)
     selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
     scheme = location.split("://")[0] + "://" if is_remote(location) else ""
+    try:
+        found = fs.get_file_info(selector)
+    except OSError as error:
+        raise _unreachable(location, error) from None
+    inside = len(path.rstrip("/")) + 1
     return sorted(
         scheme + info.path
-        for info in fs.get_file_info(selector)
-        if info.is_file and info.path.endswith(suffix) and not info.base_name.startswith((".", "_"))
+        for info in found
+        if info.is_file
+        and info.path.endswith(suffix)
+        and not any(part.startswith((".", "_")) for part in info.path[inside:].split("/"))
     )
 
 
@@ -105,6 +125,9 @@ def write_bytes(location: str, content: bytes) -> None:
         if not remote:
             os.replace(target, path)
     except OSError as error:
+        if not remote:
+            with suppress(OSError):
+                os.unlink(target)
         raise _unwritable(location, error) from None
 
 
@@ -130,7 +153,9 @@ def read_table(locations: list[str], schema: pa.Schema | None = None, columns: l
 
 
 def copy_directory(source: str, target: str) -> None:
-    """Copy every file under one location to another, on any mix of filesystems."""
+    """Copy every file under one location to another, on any mix of filesystems. Raises VasError."""
+    if kind_of(source) != pafs.FileType.Directory:
+        raise VasError("there is no such directory", source, "check the path")
     source_fs, source_path = filesystem(source)
     target_fs, target_path = filesystem(target)
     try:
@@ -141,7 +166,15 @@ def copy_directory(source: str, target: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return re.sub(r".* Detail: \[errno \d+\] ", "", text)  # pyarrow says the path and the call again
+
+
+def _unreachable(location: str, error: OSError) -> VasError:
+    mend = "check the address, the network and your rights"
+    if location.startswith("s3://"):
+        mend += " (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+    return VasError(f"cannot look here: {_reason(error)}", location, mend)
 
 
 def _unwritable(location: str, error: OSError) -> VasError:

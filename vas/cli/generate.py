@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+from rich.console import Console
 from rich.text import Text
 
 from vas.config import Base
 from vas.decoding.engine import Engine
 from vas.decoding.scorer import ValueScorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams, Token
-from vas.errors import VasError
-from vas.models.base import encode_prompt, load_base
+from vas.errors import VasError, nearest
+from vas.models.base import encode_prompt, load_base, quieten
 from vas.models.value import ValueModel, check_tokenizers
-from vas.progress import console
 from vas.run.directory import RunDirectory
 from vas.schema import Prompt
 
@@ -29,7 +31,11 @@ def generate_text(
 ) -> None:
     """Answer `prompt` with a run's models; the run's config fills in what is None."""
     run = RunDirectory.open(location)
-    base, engine = load_engine(run, guided=any(strengths.values()))
+    _check_strengths(strengths, run)
+    strengths = {name: strength for name, strength in strengths.items() if strength}  # 0 is no guidance
+    quieten()
+    base, engine = load_engine(run, guided=bool(strengths))
+    output = Console()
     sampling = run.config.rollouts.sampling
     evaluation = run.config.evaluation
     system = run.config.prompts.system
@@ -57,11 +63,21 @@ def generate_text(
             ),
         )
         for token in engine.stream(request):
-            if plain or not console.is_terminal:
+            if plain or not output.is_terminal:
                 print(token.text, end="", flush=True)
             else:
-                console.print(_shaded(token), end="", highlight=False, soft_wrap=True)
+                output.print(_shaded(token), end="", highlight=False, soft_wrap=True)
         print()
+
+
+def _check_strengths(strengths: dict[str, float], run: RunDirectory) -> None:
+    """Raise VasError for a strength that no model could follow, before any model is loaded."""
+    for name, strength in strengths.items():
+        where = f"--strength {name}={strength:g}"
+        if name not in run.config.rewards:
+            raise VasError(f"the run has no objective '{name}'", where, nearest(name, list(run.config.rewards)))
+        if not math.isfinite(strength):
+            raise VasError(f"the strength of '{name}' is not a finite number", where, "give a number, e.g. 2")
 
 
 def load_engine(run: RunDirectory, guided: bool) -> tuple:

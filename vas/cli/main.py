@@ -26,6 +26,8 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at a config before running it.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
+_INTERRUPTED = 130  # typer's exit code after Ctrl-C
+
 Target = Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A config file, or the directory of a run.")]
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A config file; configs/ has examples.")]
 Overrides = Annotated[
@@ -40,13 +42,11 @@ def run(target: Target, set_: Overrides = None) -> None:
 
     Finished stages are skipped and an interrupted one goes on, so the same command resumes a run.
     """
-    from vas.run.stages import STAGES, prepare
+    from vas.run.stages import run_all
 
     run = _open(target, set_)
     console.print(f"[bold]{run.config.name}[/bold] in {run.location}", highlight=False)
-    prepare(run)
-    for stage in STAGES.values():
-        stage(run)
+    run_all(run)
     report = run.path("evaluation", "report.html")
     objective = next(iter(run.config.rewards))
     console.print(
@@ -58,7 +58,7 @@ def run(target: Target, set_: Overrides = None) -> None:
     )
 
 
-@app.command(epilog="Example: `vas rollout configs/demo.yaml --set rollouts.samples_per_prompt=16`")
+@app.command(epilog="Example: `vas rollout configs/demo.yaml --set name=mine --set rollouts.samples_per_prompt=16`")
 def rollout(target: Target, set_: Overrides = None) -> None:
     """Sample rollouts from the base model and score them with the rewards."""
     from vas.run import stages
@@ -95,20 +95,22 @@ def generate(
     ] = None,
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Responses to sample.")] = 1,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the run's.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest response. Default: the run's.")] = None,
-    candidates: Annotated[int | None, typer.Option(help="Tokens scored a step. Default: the run's.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: the run's.")] = None,
+    candidates: Annotated[int | None, typer.Option(min=1, help="Tokens scored a step. Default: the run's.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="No colours for what guidance moved.")] = False,
 ) -> None:
     """Answer a prompt with the guided model, streaming; colours show what guidance moved."""
+    strengths = _strengths(strength)  # a slip shows at once, not after torch has loaded
     from vas.cli.generate import generate_text
 
-    generate_text(run, prompt, _strengths(strength), samples, temperature, max_tokens, candidates, seed, plain)
+    generate_text(run, prompt, strengths, samples, temperature, max_tokens, candidates, seed, plain)
 
 
-@app.command()
+@app.command(epilog="Example: `vas rewards`")
 def rewards() -> None:
     """List the built-in rewards and their parameters."""
+    from rich.console import Console
     from rich.table import Table
 
     from vas.rewards import builtin_rewards
@@ -120,7 +122,7 @@ def rewards() -> None:
         table.add_row(info.name, info.doc, params, needs)
     table.add_row("hf:MODEL", "a Hugging Face sequence-classification reward model", "see docs/rewards.md", "")
     table.add_row("python:module.function", "your own: function(prompts, responses) → scores", "passed on", "")
-    console.print(table)
+    Console().print(table)
 
 
 @config_app.command("show", epilog="Example: `vas config show configs/demo.yaml --set seed=1`")
@@ -172,12 +174,14 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
     try:
         app()
-    except KeyboardInterrupt:
-        console.print("\n[yellow]Interrupted.[/yellow] What is finished is kept; the same command goes on from there.")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:
+            console.print(
+                "\n[yellow]Interrupted.[/yellow] What is finished is kept; the same command goes on from there."
+            )
+        raise
     except Exception as error:
         known = as_vas_error(error)
         if known is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,12 @@ class BaseModel:
     def context_length(self) -> int | None:
         """Longest sequence the model has positions for, if its config says."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def quieten() -> None:
+    """No bars of transformers' own, for programs that show progress themselves."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def pick_device(device: str | None = None) -> torch.device:

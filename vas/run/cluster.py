@@ -19,6 +19,12 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# A cluster of one machine that ends with the run: nobody preempts it, and its logs are our own.
+LOCAL_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
 FORWARDED = ("VAS_CACHE", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
@@ -29,8 +35,6 @@ def ray_cluster(resources: Resources) -> Iterator[None]:
     On this machine we give Ray one logical CPU more than there are cores: reading, scoring
     and writing are light, and the cores are the models'.
     """
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     environment = WORKER_ENVIRONMENT | {name: os.environ[name] for name in FORWARDED if name in os.environ}
     if ray.is_initialized():  # a test or a notebook brought its own
         _quieten()
@@ -40,14 +44,13 @@ def ray_cluster(resources: Resources) -> Iterator[None]:
         if resources.address:
             ray.init(resources.address, runtime_env={"env_vars": environment}, logging_level=logging.WARNING)
         else:
-            os.environ.update(environment)  # the workers inherit it, and need no runtime_env agent
+            os.environ.update(LOCAL_ENVIRONMENT | environment)  # the workers inherit it, and need no runtime_env agent
             ray.init(
                 num_cpus=(resources.num_cpus or os.cpu_count() or 1) + 1,
                 object_store_memory=resources.object_store_memory,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level=logging.WARNING,
-                configure_logging=True,
+                logging_level=logging.ERROR,
             )
     except (ConnectionError, ValueError) as error:
         raise VasError(

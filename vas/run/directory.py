@@ -31,15 +31,16 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDirectory:
-        """Open the config's run, or begin it.
+        """Open the config's run, or begin it; a run that finished no stage begins anew.
 
         Raises VasError if the directory holds a run of another config, or cannot be written.
         """
         location = storage.join(config.runs_dir, config.name)
         if storage.exists(storage.join(location, "run.json")):
             run = cls.open(location)
-            run._adopt(config)
-            return run
+            if any(map(run.done, run._record["stages"])):  # else a first attempt's mistake would lock the name
+                run._adopt(config)
+                return run
         record = {
             "config": config.model_dump(mode="json"),
             "digest": config.digest(),
@@ -67,8 +68,10 @@ class RunDirectory:
         try:
             record = json.loads(storage.read_bytes(file))
             config = parse_config(record["config"], file)
-        except (json.JSONDecodeError, KeyError) as error:
-            raise VasError(f"run.json is damaged: {error}", file) from None
+            record["digest"], record["stages"]  # the rest of the code relies on them
+        except (ValueError, KeyError, TypeError) as error:
+            mend = "restore the file, or remove the directory"
+            raise VasError(f"run.json is damaged: {type(error).__name__}: {error}", file, mend) from None
         run = cls(location.rstrip("/"), config, record)
         if overrides:
             run._adopt(parse_config(override(config.model_dump(mode="json"), overrides), file))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from vas import storage
 from vas.config import RunConfig
@@ -20,11 +20,11 @@ def check(config: RunConfig) -> list[Prompt]:
 
     Raises VasError for what cannot be read, loaded or written.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoConfig
 
-    from vas.models.base import load_pretrained
+    from vas.models.base import load_pretrained, quieten
 
+    quieten()
     prompts = load_prompts(config.prompts)
     load_rewards(config.rewards)
     for model in {config.base.model, config.value.backbone or config.base.model}:
@@ -103,6 +103,17 @@ STAGES: dict[str, Callable[[RunDirectory], None]] = {
     "train": train,
     "evaluate": evaluate,
 }
+
+
+def run_all(run: RunDirectory) -> None:
+    """Every stage in turn, on one cluster; finished ones are skipped."""
+    from vas.run.cluster import ray_cluster
+
+    prepare(run)
+    finished = all(run.done(name) for name in STAGES)
+    with nullcontext() if finished else ray_cluster(run.config.resources):
+        for stage in STAGES.values():
+            stage(run)
 
 
 def _stage(run: RunDirectory, name: str, body: Callable[[dict], str]) -> None:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import ray.train
 import torch
 from torch import nn
@@ -49,6 +50,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     model.get_input_embeddings().requires_grad_(config.train.train_embeddings)
     ds_config = deepspeed_config(config.train, workers, on_gpu)
     steps = math.ceil(settings["rows"] / config.train.batch_size) * config.train.epochs
+    # Only inference uses it, and DeepSpeed would compile it first: half a minute, and a C++ compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=ValueObjective(model, config.train.td_lambda),
         model_parameters=_parameter_groups(model, config),

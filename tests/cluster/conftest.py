@@ -1,0 +1,48 @@
+"""What the cluster tests share: a tiny base model, prompts, and the config of a tiny run."""
+
+import json
+from typing import Any
+
+import pytest
+from tiny import save_tiny_base
+from tools import ConfigMaker
+
+from vas.config import override
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> str:
+    """A tiny base model on disk."""
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def make_config(tmp_path_factory, base_folder) -> ConfigMaker:
+    """A maker of a tiny run's config, as a mapping: `make_config(name, "a.b=c", …, prompts=24)`."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def make(name: str, *overrides: str, prompts: int = 24, more: tuple[str, ...] = ()) -> dict[str, Any]:
+        asked = [f"what does the fox think of the number {n}?" for n in range(prompts)] + list(more)
+        source = folder / f"{name}.jsonl"
+        source.write_text("\n".join(json.dumps({"prompt": text}) for text in asked))
+        content = {
+            "name": name,
+            "runs_dir": str(folder),
+            "base": {"model": base_folder},
+            "prompts": {"source": str(source), "held_out": 0.3},
+            "rewards": {"brief": {"use": "brevity", "params": {"min_words": 2}}, "words": {"use": "length"}},
+            "rollouts": {"samples_per_prompt": 4, "batch_size": 16, "sampling": {"max_tokens": 8}},
+            "value": {"layers": 1, "bins": 11},
+            "train": {"epochs": 1, "batch_size": 4, "micro_batch_size": 2},
+            "evaluation": {
+                "best_of": [2, 4],
+                "strengths": [{"words": 4.0}, {"brief": 2.0, "words": -2.0}],
+                "candidates": 4,
+                "bootstrap": 50,
+                "samples_shown": 2,
+            },
+            "resources": {"num_cpus": 2, "actors": 1, "object_store_memory": 200 * 2**20},
+        }
+        return override(content, overrides)
+
+    return make

@@ -1,0 +1,40 @@
+"""Small things that the cluster tests share: waiting, and looking at files and processes."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vas import storage
+
+ConfigMaker = Callable[..., dict[str, Any]]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Poll until `condition()` is truthy and return it; fail after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return found
+
+
+def committed(location: str) -> int:
+    """Number of committed Parquet files under a location."""
+    return len(storage.list_files(location, ".parquet"))
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """All processes below a process; none if it is gone."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """A run's run.json."""
+    return json.loads((run / "run.json").read_text())

@@ -1,0 +1,316 @@
+"""Storage: atomic writes on disk, the same calls on a real S3 server, errors that name the place."""
+
+import json
+import os
+import threading
+
+import pyarrow as pa
+import pytest
+import torch
+from s3_server import s3_server
+from tiny import tiny_tokenizer, tiny_value
+
+from vas import config, storage
+from vas.errors import VasError
+from vas.models.value import ValueModel
+from vas.prompts import load_prompts
+from vas.run.directory import RunDirectory
+
+TABLE = pa.table({"id": [1, 2, 3], "text": ["fox", "dög", None], "tokens": [[1, 2], [], [3]]})
+
+
+def run_config(runs_dir: str, **changes) -> config.RunConfig:
+    content = {
+        "name": "stored",
+        "runs_dir": runs_dir,
+        "base": {"model": "bundled:smollm2-135m-instruct"},
+        "prompts": {"source": "bundled:demo"},
+        "rewards": {"brief": {"use": "brevity"}},
+    }
+    return config.parse_config(content | changes, "test")
+
+
+# --- locations ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("location", "remote"),
+    [("runs", False), ("/data/runs", False), ("file:///data", False), ("s3://b/k", True), ("gs://b/k", True)],
+)
+def test_a_location_is_remote_or_not(location, remote):
+    assert storage.is_remote(location) is remote
+
+
+def test_locations_are_joined_and_taken_apart():
+    assert storage.join("s3://bucket/runs/", "demo", "run.json") == "s3://bucket/runs/demo/run.json"
+    assert storage.parent("s3://bucket/runs/demo/") == "s3://bucket/runs"
+    assert storage.parent("demo") == "."
+
+
+def test_an_unknown_kind_of_uri_is_refused():
+    with pytest.raises(VasError, match="cannot open this kind of URI") as caught:
+        storage.read_bytes("nonsense://a/b")
+    assert caught.value.where == "nonsense://a/b"
+
+
+# --- on disk ------------------------------------------------------------------------------------
+
+
+def test_bytes_come_back(tmp_path):
+    file = str(tmp_path / "a" / "b" / "file.bin")
+    storage.write_bytes(file, b"first")
+    storage.write_bytes(file, b"second")
+    assert storage.read_bytes(file) == b"second"
+    assert storage.read_bytes(f"file://{file}") == b"second"
+    assert storage.exists(file)
+    assert storage.exists(str(tmp_path / "a"))
+    assert not storage.exists(str(tmp_path / "c"))
+
+
+def test_a_relative_location_is_below_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage.write_bytes("file", b"x")
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_tables_come_back_with_missing_values_and_columns(tmp_path):
+    files = [str(tmp_path / name) for name in ("1.parquet", "2.parquet")]
+    for file in files:
+        storage.write_table(file, TABLE)
+    assert storage.read_table(files).equals(pa.concat_tables([TABLE, TABLE]))
+    assert storage.read_table(files[:1], columns=["text"]).equals(TABLE.select(["text"]))
+    assert storage.read_table([], TABLE.schema).schema == TABLE.schema
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    file = str(tmp_path / "file")
+    whole = {bytes([number]) * 300_000 for number in range(3)}
+    storage.write_bytes(file, bytes(300_000))
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for content in whole:
+                storage.write_bytes(file, content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = {storage.read_bytes(file) for _ in range(300)}
+        listed = {name for _ in range(50) for name in storage.list_files(str(tmp_path))}
+    finally:
+        stop.set()
+        writer.join()
+    assert seen <= whole
+    assert len(seen) > 1
+    assert listed == {file}
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_listing_is_sorted_and_hides_what_is_not_committed(tmp_path):
+    for name in ("b.parquet", "a/c.parquet", "a/c.txt", ".b.parquet.123", "_SUCCESS", ".tmp/d.parquet", "_x/e.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert storage.list_files(str(tmp_path)) == [str(tmp_path / n) for n in ("a/c.parquet", "a/c.txt", "b.parquet")]
+    assert storage.list_files(f"{tmp_path}/", ".parquet") == [str(tmp_path / n) for n in ("a/c.parquet", "b.parquet")]
+    assert storage.list_files(str(tmp_path / "none")) == []
+
+
+def test_a_hidden_folder_above_does_not_hide_files(tmp_path):
+    storage.write_bytes(str(tmp_path / ".cache" / "file"), b"")
+    assert storage.list_files(str(tmp_path / ".cache")) == [str(tmp_path / ".cache" / "file")]
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    file = str(tmp_path / "none")
+    with pytest.raises(VasError, match="cannot read this file: No such file") as caught:
+        storage.read_bytes(file)
+    assert caught.value.where == file
+    storage.write_bytes(file, b"no Parquet")
+    with pytest.raises(VasError, match="cannot read this Parquet file") as caught:
+        storage.read_table([file])
+    assert caught.value.where == file
+
+
+def test_what_cannot_be_written_is_named_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "file").write_bytes(b"kept")
+    (tmp_path / "folder").mkdir()
+    for location in (str(tmp_path / "file" / "below"), str(tmp_path / "folder")):
+        with pytest.raises(VasError, match="cannot write here") as caught:
+            storage.write_bytes(location, b"x")
+        assert caught.value.where == location
+    with pytest.raises(VasError, match="cannot write here"):
+        storage.make_directory(str(tmp_path / "file" / "below"))
+    assert (tmp_path / "file").read_bytes() == b"kept"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_directory_is_copied_whole(tmp_path):
+    for name in ("a", "b/c"):
+        storage.write_bytes(str(tmp_path / "from" / name), name.encode())
+    storage.copy_directory(str(tmp_path / "from"), str(tmp_path / "to"))
+    assert storage.read_bytes(str(tmp_path / "to" / "b" / "c")) == b"b/c"
+    assert len(storage.list_files(str(tmp_path / "to"))) == 2
+
+
+def test_copying_what_is_not_there_names_the_source(tmp_path):
+    with pytest.raises(VasError, match="there is no such directory") as caught:
+        storage.copy_directory(str(tmp_path / "none"), str(tmp_path / "to"))
+    assert caught.value.where == str(tmp_path / "none")
+    assert not (tmp_path / "to").exists()
+
+
+# --- run directories ----------------------------------------------------------------------------
+
+
+def test_a_run_is_reopened_and_another_config_refused(tmp_path):
+    run = RunDirectory.create(run_config(str(tmp_path)))
+    with run.stage("prompts") as about:
+        about["train"] = 3
+    before = (tmp_path / "stored" / "run.json").read_bytes()
+    assert RunDirectory.create(run_config(str(tmp_path), resources={"workers": 2})).done("prompts")
+    with pytest.raises(VasError, match="another config: seed was 0, now 1"):
+        RunDirectory.create(run_config(str(tmp_path), seed=1))
+    assert (tmp_path / "stored" / "run.json").read_bytes() == before
+
+
+def test_a_run_that_has_nothing_yet_takes_a_mended_config(tmp_path):
+    """A first attempt with a wrong model id must not lock its name."""
+    run = RunDirectory.create(run_config(str(tmp_path), base={"model": "no/such"}))
+    with pytest.raises(KeyError), run.stage("prompts"):
+        raise KeyError
+    mended = RunDirectory.create(run_config(str(tmp_path)))
+    assert mended.config.base.model == "bundled:smollm2-135m-instruct"
+    assert RunDirectory.open(mended.location).config == mended.config
+
+
+def test_an_interrupted_stage_says_so_and_goes_on(tmp_path):
+    run = RunDirectory.create(run_config(str(tmp_path)))
+    with pytest.raises(RuntimeError), run.stage("rollouts"):
+        raise RuntimeError
+    again = RunDirectory.open(run.location)
+    assert again.about("rollouts")["state"] == "interrupted"
+    assert not again.done("rollouts")
+    with again.stage("rollouts"):
+        pass
+    assert RunDirectory.open(run.location).done("rollouts")
+
+
+def test_a_run_that_is_not_there_suggests_the_nearest(tmp_path):
+    RunDirectory.create(run_config(str(tmp_path)))
+    with pytest.raises(VasError, match="did you mean 'stored'"):
+        RunDirectory.open(str(tmp_path / "sotred"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', "\udc80", '{"config": 3}'])
+def test_a_damaged_run_json_is_named(tmp_path, content):
+    file = tmp_path / "run.json"
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(VasError) as caught:
+        RunDirectory.open(str(tmp_path))
+    assert caught.value.where == str(file)
+
+
+def test_a_run_json_without_its_state_is_damaged(tmp_path):
+    run = RunDirectory.create(run_config(str(tmp_path)))
+    record = json.loads(storage.read_bytes(run.path("run.json")))
+    for key in ("digest", "stages"):
+        storage.write_bytes(run.path("run.json"), json.dumps({k: v for k, v in record.items() if k != key}).encode())
+        with pytest.raises(VasError, match=f"damaged: .*{key}"):
+            RunDirectory.open(run.location)
+
+
+# --- S3 -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(server, request, monkeypatch):
+    """A fresh prefix on the server, with the environment that leads to it."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://test/{request.node.name}"
+
+
+def test_s3_bytes_tables_and_listing(bucket):
+    storage.write_bytes(f"{bucket}/a/file", b"first")
+    storage.write_bytes(f"{bucket}/a/file", b"second")
+    storage.write_table(f"{bucket}/rows.parquet", TABLE)
+    storage.write_bytes(f"{bucket}/.hidden", b"")
+    assert storage.read_bytes(f"{bucket}/a/file") == b"second"
+    assert storage.read_table([f"{bucket}/rows.parquet"]).equals(TABLE)
+    assert storage.list_files(bucket) == [f"{bucket}/a/file", f"{bucket}/rows.parquet"]
+    assert storage.list_files(bucket, ".parquet") == [f"{bucket}/rows.parquet"]
+    assert storage.list_files(f"{bucket}/none") == []
+    assert storage.exists(f"{bucket}/a/file")
+    assert not storage.exists(f"{bucket}/b")
+
+
+def test_s3_what_is_not_there_is_named(bucket):
+    for location in (f"{bucket}/none", "s3://no-such-bucket/none"):
+        with pytest.raises(VasError, match="cannot read this file") as caught:
+            storage.read_bytes(location)
+        assert caught.value.where == location
+    with pytest.raises(VasError, match="there is no such directory"):
+        storage.copy_directory(f"{bucket}/none", "unused")
+
+
+def test_s3_prompts(bucket):
+    rows = [{"prompt": f"What is in picture {number}?"} for number in range(20)]
+    storage.write_bytes(f"{bucket}/more/a.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:10]).encode())
+    storage.write_table(f"{bucket}/more/b.parquet", pa.Table.from_pylist(rows[10:]))
+    prompts = load_prompts(config.Prompts(source=f"{bucket}/more"))
+    assert [prompt.last_user_text() for prompt in prompts] == [row["prompt"] for row in rows]
+    with pytest.raises(VasError, match="there are no prompts here"):
+        load_prompts(config.Prompts(source=f"{bucket}/none"))
+
+
+def test_s3_run_directory(bucket):
+    run = RunDirectory.create(run_config(bucket))
+    with run.stage("prompts") as about:
+        about["train"] = 3
+    again = RunDirectory.open(f"{bucket}/stored/")
+    assert again.config == run.config
+    assert again.done("prompts")
+    assert again.about("prompts")["train"] == 3
+    assert again.rollouts == f"{bucket}/stored/rollouts/round=0"
+    with pytest.raises(VasError, match="seed was 0, now 1"):
+        RunDirectory.create(run_config(bucket, seed=1))
+    with pytest.raises(VasError, match="there is no run here"):
+        RunDirectory.open(f"{bucket}/other")
+
+
+def test_s3_value_model(bucket):
+    model = tiny_value(objectives=("positive", "concise"))
+    model.save(f"{bucket}/value", tiny_tokenizer(), "# A card", [{"epoch": 1}])
+    again = ValueModel.load(f"{bucket}/value")
+    ids = torch.tensor([[5, 90, 41, 200, 33]])
+    assert torch.equal(again(ids), model(ids))
+    assert again.objectives == ("positive", "concise")
+    assert again.config.objectives == model.config.objectives
+    assert again.config.tokenizer_digest == model.config.tokenizer_digest
+    assert json.loads(storage.read_bytes(f"{bucket}/value/training.json")) == [{"epoch": 1}]
+    with pytest.raises(VasError) as caught:
+        ValueModel.load(f"{bucket}/none")
+    assert caught.value.where == f"{bucket}/none"
+
+
+def test_s3_wrong_credentials_and_no_server_are_said(server, monkeypatch):
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    storage._s3.cache_clear()
+    try:
+        for look in (storage.exists, storage.list_files, storage.kind_of):
+            with pytest.raises(VasError, match=r"cannot look here(.|\n)*AWS_SECRET_ACCESS_KEY"):
+                look("s3://test/key")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens on `discard`
+        with pytest.raises(VasError, match="cannot look here"):
+            storage.exists("s3://test/key")
+    finally:
+        storage._s3.cache_clear()
