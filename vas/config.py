@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vas.errors import VasError, nearest
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -81,7 +83,7 @@ class Rollouts(_Section):
 
 
 class Value(_Section):
-    name: str = "default"
+    name: Name = "default"
     """Folder under `value/` in the run directory."""
     backbone: str | None = None
     """Hugging Face id or path; the base model when empty."""
@@ -167,7 +169,7 @@ class Resources(_Section):
 class RunConfig(_Section):
     """A whole run. `vas config show FILE` prints it with every default."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     """The run's name; its directory is `runs_dir/name`."""
     runs_dir: str = "runs"
     """Directory or URI that holds runs."""
@@ -177,7 +179,7 @@ class RunConfig(_Section):
     """The frozen language model."""
     prompts: Prompts
     """What it is asked."""
-    rewards: dict[str, Reward] = Field(min_length=1)
+    rewards: dict[Name, Reward] = Field(min_length=1)
     """Objective name → reward."""
     rollouts: Rollouts = Field(default_factory=Rollouts)
     """How the base model is sampled."""

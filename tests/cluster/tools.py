@@ -13,12 +13,12 @@ from vas import storage
 ConfigMaker = Callable[..., dict[str, Any]]
 
 
-def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Poll until `condition()` is truthy and return it; fail after `seconds`."""
+def wait_until(condition: Callable[[], Any], seconds: float, what: str, poll: float = 0.02) -> Any:
+    """Ask every `poll` seconds until `condition()` is truthy and return it; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
+        time.sleep(poll)
     return found
 
 

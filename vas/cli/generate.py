@@ -63,10 +63,11 @@ def generate_text(
             ),
         )
         for token in engine.stream(request):
+            text = "".join(c for c in token.text if c.isprintable() or c in "\n\t")  # no escapes to the terminal
             if plain or not output.is_terminal:
-                print(token.text, end="", flush=True)
+                print(text, end="", flush=True)
             else:
-                output.print(_shaded(token), end="", highlight=False, soft_wrap=True)
+                output.print(_shaded(text, token), end="", highlight=False, soft_wrap=True)
         print()
 
 
@@ -92,8 +93,8 @@ def load_engine(run: RunDirectory, guided: bool) -> tuple:
     return base, Engine(base, [ValueScorer(run.config.value.name, value)])
 
 
-def _shaded(token: Token) -> Text:
+def _shaded(text: str, token: Token) -> Text:
     """Green where guidance made the token likelier, red where less likely."""
     shift = token.guided_logprob - token.logprob
     style = "" if abs(shift) < 0.1 else ("green" if shift > 0 else "red") + (" bold" if abs(shift) > 1 else "")
-    return Text(token.text, style=style)
+    return Text(text, style=style)

@@ -16,17 +16,18 @@ from vas.schema import Prompt
 
 
 def check(config: RunConfig) -> list[Prompt]:
-    """Find everything that would stop a run before it starts; returns the prompts.
+    """Find what would stop a run before it starts; returns the prompts.
 
-    Raises VasError for what cannot be read, loaded or written.
+    Raises VasError for what cannot be read or loaded.
     """
-    from transformers import AutoConfig
+    prompts = load_prompts(config.prompts)
+    load_rewards(config.rewards)
+
+    from transformers import AutoConfig  # slow to import, so after what may fail at once
 
     from vas.models.base import load_pretrained, quieten
 
     quieten()
-    prompts = load_prompts(config.prompts)
-    load_rewards(config.rewards)
     for model in {config.base.model, config.value.backbone or config.base.model}:
         load_pretrained(AutoConfig, model, config.base.revision if model == config.base.model else None)
     return prompts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> 
             "held_out": _packed(files, held_out=True, objectives=list(config.rewards)),
         },
     )
-    with Tracker("training", prompts * config.train.epochs) as tracker, _following(board, tracker):
+    progress = Tracker("training", prompts * config.train.epochs)
+    with progress as tracker, _following(board, tracker), _interruptible():
         result = trainer.fit()
     if result.error is not None:
         raise result.error
@@ -184,3 +186,16 @@ def _following(board: Any, tracker: Tracker) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=5)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt: Ray Train makes an exit of it, and would keep its handler for good."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if signal.getsignal(signal.SIGINT) is not handler:
+            signal.signal(signal.SIGINT, handler)
