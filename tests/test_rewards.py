@@ -144,7 +144,7 @@ def test_wrong_param_values_are_refused(use, params, said):
 
 def test_missing_package_tells_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)  # as if not installed
-    with pytest.raises(VasError, match=r"vaderSentiment(.|\n)*pip install vas\[demo\]"):
+    with pytest.raises(VasError, match=r"vaderSentiment(.|\n)*pip install vaderSentiment"):
         load("sentiment")
 
 

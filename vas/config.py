@@ -2,7 +2,7 @@
 
 Every key has a type, a default and a meaning here; an unknown key is an error that
 names the nearest right one; `--set a.b=c` overrides. `RunConfig.digest()` identifies a
-run: everything counts but `resources`, which says where a run computes, not what.
+run: everything counts but `resources` and `runs_dir`, which say where a run computes and lies.
 """
 
 from __future__ import annotations
@@ -158,6 +158,10 @@ class Resources(_Section):
     """Torch threads of a sampler actor."""
     gpus_per_actor: float = Field(0, ge=0)
     """GPUs of a sampler actor; a fraction shares one."""
+    reward_actors: int = Field(1, gt=0)
+    """Actors that score rollouts."""
+    gpus_per_reward_actor: float = Field(0, ge=0)
+    """GPUs of a reward actor, for `hf:` rewards."""
     workers: int = Field(1, gt=0)
     """Training workers."""
     cpus_per_worker: int | None = Field(None, gt=0)
@@ -194,7 +198,11 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        for setting in self.evaluation.strengths:
+        for number, setting in enumerate(self.evaluation.strengths):
+            if not any(setting.values()):
+                raise ValueError("a setting of evaluation.strengths is empty or all zero; base is always compared")
+            if setting in self.evaluation.strengths[:number]:
+                raise ValueError(f"evaluation.strengths has {setting} twice")
             for objective in setting:
                 if objective not in self.rewards:
                     raise ValueError(
@@ -212,6 +220,11 @@ class RunConfig(_Section):
                 f"is {self.rollouts.samples_per_prompt}"
             )
         return self
+
+    def backbone(self) -> tuple[str, str | None]:
+        """Model and revision that the value model starts from."""
+        source = self.value.backbone or self.base.model
+        return source, self.base.revision if source == self.base.model else None
 
     def digest(self) -> str:
         """Hex digest of everything that decides a run's results; `resources` and `runs_dir` don't."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from urllib.parse import urlparse
 
@@ -30,10 +32,9 @@ def join(location: str, *parts: str) -> str:
     return "/".join([location.rstrip("/"), *parts])
 
 
-def parent(location: str) -> str:
-    """The directory a location is in."""
-    head, separator, _ = location.rstrip("/").rpartition("/")
-    return head if separator else "."
+def absolute(location: str) -> str:
+    """The location as any process of this machine finds it, whatever its working directory."""
+    return location if is_remote(location) else os.path.abspath(location.removeprefix("file://"))
 
 
 def filesystem(location: str) -> tuple[pafs.FileSystem, str]:
@@ -92,15 +93,6 @@ def list_files(location: str, suffix: str = "") -> list[str]:
     )
 
 
-def make_directory(location: str) -> None:
-    """Create a directory and its parents (a no-op on object stores)."""
-    fs, path = filesystem(location)
-    try:
-        fs.create_dir(path, recursive=True)
-    except OSError as error:
-        raise _unwritable(location, error) from None
-
-
 def read_bytes(location: str) -> bytes:
     """A whole file. Raises VasError if it cannot be read."""
     fs, path = filesystem(location)
@@ -150,6 +142,17 @@ def read_table(locations: list[str], schema: pa.Schema | None = None, columns: l
     if not tables:
         return (schema or pa.schema([])).empty_table()
     return pa.concat_tables(tables, promote_options="default")
+
+
+@contextmanager
+def local_copy(location: str) -> Iterator[str]:
+    """A directory as a local path: itself, or for the time of the block a copy of a remote one."""
+    if not is_remote(location):
+        yield location
+        return
+    with tempfile.TemporaryDirectory(prefix="vas-") as folder:
+        copy_directory(location, folder)
+        yield folder
 
 
 def copy_directory(source: str, target: str) -> None:

@@ -78,7 +78,7 @@ class Driver:
             return [command(p) for p in {*below, *others} if is_alive(p) and not command(p).startswith(AGENTS)]
 
         assert sessions, "Ray was not there yet"
-        wait_until(lambda: not left(), 30, "an end of what the driver started", poll=0.5)
+        wait_until(lambda: not left(), 60, "an end of what the driver started", poll=0.5)
         return code
 
     def end(self) -> int:
@@ -105,15 +105,16 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def checkpoints(run: Path) -> list[str]:
-    """Names of the training checkpoints that Ray Train would go on from."""
+def checkpoints(run: Path) -> dict[str, int]:
+    """The training checkpoints that Ray Train would go on from, and the epochs they have behind them."""
     snapshot = run / "train" / "ray_train" / "checkpoint_manager_snapshot.json"
     if not snapshot.exists():
-        return []
+        return {}
     try:
-        return [result["checkpoint_dir_name"] for result in json.loads(snapshot.read_text())["checkpoint_results"]]
+        results = json.loads(snapshot.read_text())["checkpoint_results"]
     except json.JSONDecodeError:  # it is being written
-        return []
+        return {}
+    return {result["checkpoint_dir_name"]: result["metrics"]["epoch"] for result in results}
 
 
 def files_of(folder: Path) -> dict[Path, int]:
@@ -135,10 +136,10 @@ def test_a_run_stopped_twice_in_every_stage_ends_as_if_it_never_was(config_file,
         """True when the stage runs, and there is more to show for it than there is now."""
         count = {
             "rollouts": lambda: committed(str(rollouts)),
-            "train": lambda: len(set(checkpoints(run)) - seen),
+            "train": lambda: len(checkpoints(run).keys() - seen),
             "evaluate": lambda: committed(str(responses)),
         }[stage]
-        seen = set(checkpoints(run))
+        seen = checkpoints(run).keys()
         before = count()
 
         def more() -> bool:
@@ -148,6 +149,7 @@ def test_a_run_stopped_twice_in_every_stage_ends_as_if_it_never_was(config_file,
         return more
 
     kept: dict[Path, int] = {}
+    epochs = [0]
     for stage in ("rollouts", "train", "evaluate"):
         for how in (signal.SIGINT, signal.SIGKILL):
             began = time.monotonic()
@@ -168,14 +170,14 @@ def test_a_run_stopped_twice_in_every_stage_ends_as_if_it_never_was(config_file,
                 files_of(rollouts).items() >= {path: t for path, t in kept.items() if path.parent == rollouts}.items()
             )
             kept = files_of(rollouts) | files_of(responses)
-    epoch_checkpoints = set(checkpoints(run))
+    trained = checkpoints(run)
     began = time.monotonic()
     driver = start()
     assert driver.end() == 0, driver.output
     print(f"to the end: {time.monotonic() - began:.1f} s")
 
     assert {stage["state"] for stage in read_record(run)["stages"].values()} == {"done"}
-    assert set(checkpoints(run)) == epoch_checkpoints  # a finished stage is left alone
+    assert checkpoints(run) == trained  # a finished stage is left alone
     assert (files_of(rollouts) | files_of(responses)).items() >= kept.items()
     prompts = load_prompts(config.prompts)
     assert_rows(rollouts, [Plan(prompts, 8, config.seed)])

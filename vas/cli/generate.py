@@ -7,7 +7,6 @@ import math
 from rich.console import Console
 from rich.text import Text
 
-from vas.config import Base
 from vas.decoding.engine import Engine
 from vas.decoding.scorer import ValueScorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams, Token
@@ -36,8 +35,9 @@ def generate_text(
     quieten()
     base, engine = load_engine(run, guided=bool(strengths))
     output = Console()
-    sampling = run.config.rollouts.sampling
-    evaluation = run.config.evaluation
+    chosen = {"temperature": temperature, "max_tokens": max_tokens}
+    sampling = run.config.rollouts.sampling.model_copy(update={k: v for k, v in chosen.items() if v is not None})
+    evaluation = run.config.evaluation.model_copy(update={"candidates": candidates} if candidates else {})
     system = run.config.prompts.system
     messages = ({"role": "system", "content": system},) if system else ()
     tokens = encode_prompt(base.tokenizer, Prompt("", (*messages, {"role": "user", "content": prompt})))
@@ -45,22 +45,8 @@ def generate_text(
         request = Request(
             f"sample {i}",
             tuple(tokens),
-            SamplingParams(
-                temperature=sampling.temperature if temperature is None else temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                min_p=sampling.min_p,
-                max_tokens=max_tokens or sampling.max_tokens,
-                stop=tuple(sampling.stop),
-                seed=seed + i,
-            ),
-            GuidanceParams(
-                strengths,
-                candidates or evaluation.candidates,
-                evaluation.value,
-                evaluation.baseline,
-                evaluation.outside,
-            ),
+            SamplingParams.of(sampling, seed + i),
+            GuidanceParams.of(evaluation, strengths),
         )
         for token in engine.stream(request):
             text = "".join(c for c in token.text if c.isprintable() or c in "\n\t")  # no escapes to the terminal
@@ -83,7 +69,7 @@ def _check_strengths(strengths: dict[str, float], run: RunDirectory) -> None:
 
 def load_engine(run: RunDirectory, guided: bool) -> tuple:
     """A run's base model, and an engine with its value model when one is needed."""
-    base = load_base(Base(**run.config.base.model_dump()))
+    base = load_base(run.config.base)
     if not guided:
         return base, Engine(base)
     if not run.done("train"):

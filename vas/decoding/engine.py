@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 
 import torch
@@ -83,9 +83,7 @@ class Engine:
         self._texts[request.request_id] = Detokenizer(self._base.tokenizer, request.sampling.stop)
         self._waiting.append(request)
 
-    def generate(
-        self, requests: Iterable[Request], on_finish: Callable[[Completion], None] | None = None
-    ) -> list[Completion]:
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Decode requests to the end; completions come in the requests' order."""
         done: dict[str, Completion | None] = {}
         try:
@@ -95,9 +93,7 @@ class Engine:
             while None in done.values():
                 for token in self.step():
                     if token.finish_reason and token.request_id in done:
-                        done[token.request_id] = completion = self.take(token.request_id)
-                        if on_finish:
-                            on_finish(completion)
+                        done[token.request_id] = self.take(token.request_id)
         except BaseException:
             for request_id in done:
                 self.abort(request_id)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vas import config
 from vas.errors import VasError
 
 
@@ -20,6 +21,11 @@ class SamplingParams:
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     seed: int = 0
+
+    @classmethod
+    def of(cls, sampling: config.Sampling, seed: int) -> SamplingParams:
+        """A run's sampling, with a seed."""
+        return cls(**sampling.model_dump(exclude={"stop"}), stop=tuple(sampling.stop), seed=seed)
 
     def __post_init__(self) -> None:
         for name, good in {
@@ -44,6 +50,11 @@ class GuidanceParams:
     value: Literal["expected", "soft"] = "expected"
     baseline: Literal["policy", "mean"] = "policy"
     outside: Literal["keep", "drop"] = "keep"
+
+    @classmethod
+    def of(cls, evaluation: config.Evaluation, strengths: config.Strengths) -> GuidanceParams:
+        """A run's way of guiding, with these strengths."""
+        return cls(strengths, evaluation.candidates, evaluation.value, evaluation.baseline, evaluation.outside)
 
     def __post_init__(self) -> None:
         for name, strength in self.objectives.items():

@@ -122,9 +122,8 @@ class Judge:
         return float(np.mean([one(rows) for rows in samples]))
 
     def _guided_flops(self, row: Row) -> float:
-        """FLOPs of one guided response; its prompt is charged to it even where samples shared it."""
-        base_positions = len(row["prompt_token_ids"]) + len(row["response_token_ids"])
-        return 2.0 * (self.base_parameters * base_positions + self.value_parameters * row["value_positions"])
+        """FLOPs of one guided response, as they were spent: samples of a prompt share its prefill."""
+        return 2.0 * (self.base_parameters * row["base_positions"] + self.value_parameters * row["value_positions"])
 
     def _weigh(self, row: Row, by: Strengths) -> float:
         return sum(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -58,9 +57,3 @@ class Result:
 def to_table(results: list[Result]) -> pa.Table:
     """Results as Arrow, a column a field."""
     return pa.Table.from_pylist([asdict(result) for result in results])
-
-
-def from_table(table: pa.Table) -> list[Result]:
-    """The results in a table that `to_table` made."""
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return [Result(**row) for row in rows]

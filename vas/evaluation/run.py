@@ -51,9 +51,9 @@ def evaluate(config: RunConfig, prompts: list[Prompt], inputs: Inputs) -> list[R
     responses = storage.join(inputs.output, "responses")
     sample(config, plans, responses, "evaluation", value=inputs.value)
     base = _by_prompt(read_rollouts(inputs.rollouts).filter(pc.field("held_out")).to_pylist())
+    answers = read_rollouts(responses)
     guided = {
-        plan.setting: _by_prompt(read_rollouts(responses).filter(pc.field("setting") == plan.setting).to_pylist())
-        for plan in plans
+        plan.setting: _by_prompt(answers.filter(pc.field("setting") == plan.setting).to_pylist()) for plan in plans
     }
     if not base or not all(guided.values()):
         raise VasError("every response of some setting failed", responses, "see the `error` column")
@@ -71,7 +71,7 @@ def compare(
     config: RunConfig, base: dict[str, list[Row]], guided: dict[str, dict[str, list[Row]]], inputs: Inputs
 ) -> list[Result]:
     """Every method in every setting, judged by every objective."""
-    value = load_pretrained(ValueModelConfig, inputs.value)
+    value = ValueModelConfig.load(inputs.value)
     judge = Judge(
         config,
         parameters_per_position(load_pretrained(AutoConfig, config.base.model, config.base.revision), head=True),
@@ -115,7 +115,7 @@ def _report(
             base,
             guided,
             results,
-            load_tokenizer(config.base.model),
+            load_tokenizer(config.base.model, config.base.revision),
             config.evaluation.samples_shown,
         ),
     )

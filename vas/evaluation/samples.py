@@ -6,6 +6,7 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
+from vas.decoding.detokenizer import Detokenizer
 from vas.evaluation.methods import Row
 from vas.evaluation.report import SampleColumn, SamplePrompt, SampleToken
 from vas.evaluation.results import VAS, Result
@@ -49,8 +50,9 @@ def _shown(results: list[Result]) -> list[str]:
 def _column(label: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> SampleColumn:
     guided = row.get("guided_logprobs") or row["logprobs"]
     special = set(tokenizer.all_special_ids)
+    detokenizer = Detokenizer(tokenizer, ())  # a token's text depends on its neighbours
     tokens = [
-        SampleToken("⏎" if token in special else tokenizer.decode([token]), moved - base, base)
+        SampleToken("⏎" if token in special else detokenizer.push(token), moved - base, base)
         for token, base, moved in zip(row["response_token_ids"], row["logprobs"], guided, strict=True)
     ]
     return SampleColumn(label, tokens, {name: value for name, value in row["rewards"].items() if value is not None})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +56,11 @@ class ValueModelConfig(PreTrainedConfig):
         self.run_digest = run_digest
         super().__init__(**kwargs)
 
+    @classmethod
+    def load(cls, location: str) -> ValueModelConfig:
+        """Read a checkpoint's config.json from a local path or a URI."""
+        return cls(**json.loads(storage.read_bytes(storage.join(location, "config.json"))))
+
     @property
     def backbone_config(self) -> PreTrainedConfig:
         """The backbone's config as an object."""
@@ -72,7 +76,6 @@ class ValueModel(PreTrainedModel):
 
     config_class = ValueModelConfig
     base_model_prefix = "backbone"
-    supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def __init__(self, config: ValueModelConfig) -> None:
@@ -130,7 +133,7 @@ class ValueModel(PreTrainedModel):
     ) -> ValueModel:
         """A fresh value model: the backbone's pretrained weights (its first L layers), heads at zero."""
         source = spec.backbone or base.model
-        revision = base.revision if source == base.model else None
+        revision = base.revision if source == base.model else None  # as RunConfig.backbone
         full = load_pretrained(AutoConfig, source, revision).get_text_config()
         layers = spec.layers or full.num_hidden_layers
         if layers > full.num_hidden_layers:
@@ -163,29 +166,29 @@ class ValueModel(PreTrainedModel):
         return model.float()
 
     @classmethod
+    def from_pretrained(cls, location: Any, *args: Any, **kwargs: Any) -> ValueModel:
+        """As transformers' own: a local path or a hub id; and a URI such as `s3://` too."""
+        with storage.local_copy(str(location)) as folder:
+            return super().from_pretrained(folder, *args, **kwargs)
+
+    @classmethod
     def load(cls, location: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> ValueModel:
-        """Load a checkpoint from a local path, an `s3://` URI or a hub id, ready to score.
+        """Load a checkpoint ready to score, frozen and on its device.
 
         Raises VasError if there is no value model there.
         """
-        folder = tempfile.mkdtemp(prefix="vas-value-") if storage.is_remote(location) else None
-        try:
-            if folder:
-                storage.copy_directory(location, folder)
+        with storage.local_copy(location) as folder:
             try:
-                kind = AutoConfig.from_pretrained(folder or location).model_type
+                kind = AutoConfig.from_pretrained(folder).model_type
                 if kind != cls.config_class.model_type:
                     raise ValueError(f"what is there is a model of type {kind}")
-                model = cls.from_pretrained(folder or location, dtype=dtype or torch.float32)
+                model = cls.from_pretrained(folder, dtype=dtype or torch.float32)
             except (OSError, ValueError, SafetensorError) as error:
                 raise VasError(
                     f"cannot load a value model: {str(error).splitlines()[0]}",
                     location,
                     "give the folder that holds its config.json, e.g. runs/NAME/value/default",
                 ) from None
-        finally:
-            if folder:
-                shutil.rmtree(folder, ignore_errors=True)
         return model.requires_grad_(False).eval().to(device or torch.device("cpu"))
 
     def save(

@@ -99,7 +99,7 @@ def build(name: str, params: Mapping[str, Any], where: str) -> BuiltinReward:
         )
     reward = _REWARDS[name].parse(params, where)
     if reward.entry.module:
-        _require(reward.entry.module, f"{where}.use")
+        _require(reward.entry.module, reward.entry.packages[0], f"{where}.use")
     return reward
 
 
@@ -122,7 +122,7 @@ def _describe(reward: type[BuiltinReward]) -> BuiltinInfo:
     )
 
 
-def _require(module: str, where: str) -> None:
+def _require(module: str, package: str, where: str) -> None:
     """Import an optional package, quietly; VasError when it or something below it is missing."""
     try:
         with warnings.catch_warnings():
@@ -132,5 +132,5 @@ def _require(module: str, where: str) -> None:
         raise VasError(
             f"this reward needs the package '{module}', which cannot be imported: {error}",
             where,
-            "pip install vas[demo]",
+            f"pip install {package}",
         ) from None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import pyarrow as pa
 import ray
@@ -13,6 +12,7 @@ import ray.data
 
 from vas import rewards, schema, storage
 from vas.config import RunConfig
+from vas.placement import sampler_actors
 from vas.progress import Tracker
 from vas.rollouts.jobs import Plan, discard_failed, finished_ids
 from vas.rollouts.sampler import Sampler
@@ -42,8 +42,13 @@ class RewardScorer:
     """A Ray Data actor that fills in `rewards`; a row that cannot be scored gets `error`."""
 
     def __init__(self, config: RunConfig, guided: bool) -> None:
-        self._rewards = rewards.load_rewards(config.rewards)
+        self._config = config
         self._schema = schema.rollout_schema(list(config.rewards), guided)
+
+    @cached_property
+    def _rewards(self) -> dict[str, rewards.Reward]:
+        """Loaded by the first batch: an error in an actor's constructor would not reach the user."""
+        return rewards.load_rewards(self._config.rewards)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
@@ -100,7 +105,7 @@ def sample(config: RunConfig, plans: list[Plan], location: str, title: str, valu
             Sampler,
             fn_constructor_args=(config, value),
             compute=ray.data.ActorPoolStrategy(
-                size=min(_actors(config), len(batches)), max_tasks_in_flight_per_actor=2
+                size=min(sampler_actors(config.resources), len(batches)), max_tasks_in_flight_per_actor=2
             ),
             batch_size=None,
             batch_format="pyarrow",
@@ -110,10 +115,11 @@ def sample(config: RunConfig, plans: list[Plan], location: str, title: str, valu
         .map_batches(
             RewardScorer,
             fn_constructor_args=(config, value is not None),
-            compute=ray.data.ActorPoolStrategy(size=1),
+            compute=ray.data.ActorPoolStrategy(size=config.resources.reward_actors),
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=0.5,
+            num_cpus=0.5 / config.resources.reward_actors,
+            num_gpus=config.resources.gpus_per_reward_actor,
         )
         .map_batches(Committer(location).__call__, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
     )
@@ -135,14 +141,3 @@ def _count(summary: Summary, block: pa.Table) -> None:
         if error is not None:
             kind = error.splitlines()[0]
             summary.errors[kind] = summary.errors.get(kind, 0) + 1
-
-
-def _actors(config: RunConfig) -> int:
-    """Sampler actors: as asked for, else as many as the cluster has room for."""
-    resources: Any = config.resources
-    if resources.actors:
-        return resources.actors
-    if resources.gpus_per_actor:
-        return max(1, int(ray.cluster_resources().get("GPU", 1) // resources.gpus_per_actor))
-    cores = resources.num_cpus or (ray.cluster_resources().get("CPU", 1) if resources.address else os.cpu_count() or 1)
-    return max(1, int(cores // resources.cpus_per_actor))

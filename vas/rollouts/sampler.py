@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from vas import schema
 from vas.config import RunConfig
 from vas.errors import VasError
-from vas.rollouts.jobs import BASE_SETTING
+
+if TYPE_CHECKING:  # torch loads in the actors, not in the driver
+    from vas.decoding.engine import Engine
+    from vas.models.base import BaseModel
 
 
 class Sampler:
@@ -21,25 +25,30 @@ class Sampler:
     """
 
     def __init__(self, config: RunConfig, value: str | None = None) -> None:
-        import torch
-
-        from vas.decoding.engine import Engine
-        from vas.decoding.scorer import ValueScorer
-        from vas.models.base import load_base, set_threads
-        from vas.models.value import ValueModel, check_tokenizers
-
-        set_threads(config.resources.cpus_per_actor)
-        self._config = config
-        self._base = load_base(config.base)
-        scorers = []
-        if value is not None:
-            model = ValueModel.load(value, self._base.model.device)
-            check_tokenizers(model, self._base.name, self._base.tokenizer_digest)
-            scorers.append(ValueScorer(config.value.name, model))
-        self._engine = Engine(self._base, scorers, max_sequences=config.rollouts.batch_size)
+        self._config, self._value = config, value
         # the prompt travels on with the row, for the rewards to read
         self._schema = pa.schema([*schema.rollout_schema([], guided=True), *schema.PROMPT_SCHEMA.remove(3).remove(0)])
-        torch.set_grad_enabled(False)
+
+    @cached_property
+    def _base(self) -> BaseModel:
+        """Loaded by the first batch: an error in an actor's constructor would not reach the user."""
+        from vas.models.base import load_base, set_threads
+
+        set_threads(self._config.resources.cpus_per_actor)
+        return load_base(self._config.base, "cuda" if self._config.resources.gpus_per_actor else "cpu")
+
+    @cached_property
+    def _engine(self) -> Engine:
+        from vas.decoding.engine import Engine
+        from vas.decoding.scorer import ValueScorer
+        from vas.models.value import ValueModel, check_tokenizers
+
+        scorers = []
+        if self._value is not None:
+            model = ValueModel.load(self._value, self._base.model.device)
+            check_tokenizers(model, self._base.name, self._base.tokenizer_digest)
+            scorers.append(ValueScorer(self._config.value.name, model))
+        return Engine(self._base, scorers, max_sequences=self._config.rollouts.batch_size)
 
     def __call__(self, jobs: pa.Table) -> pa.Table:
         """Sample every response of the jobs; rows without rewards, in the jobs' order."""
@@ -95,32 +104,14 @@ class Sampler:
         try:
             tokens = encode_prompt(self._base.tokenizer, prompt)
             row["prompt_token_ids"] = tokens
-            sampling = self._config.rollouts.sampling
-            evaluation = self._config.evaluation
             request = Request(
                 row["rollout_id"],
                 tuple(tokens),
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k,
-                    min_p=sampling.min_p,
-                    max_tokens=sampling.max_tokens,
-                    stop=tuple(sampling.stop),
-                    seed=job["seed"][position],
-                ),
-                GuidanceParams()
-                if job["setting"] == BASE_SETTING
-                else GuidanceParams(
-                    json.loads(job["setting"]),
-                    evaluation.candidates,
-                    evaluation.value,
-                    evaluation.baseline,
-                    evaluation.outside,
-                ),
+                SamplingParams.of(self._config.rollouts.sampling, job["seed"][position]),
+                GuidanceParams.of(self._config.evaluation, json.loads(job["setting"])),
             )
             self._engine.check(request)
             return row, request
-        except VasError as error:
-            row["error"] = str(error)
+        except Exception as error:  # a chat template may raise anything
+            row["error"] = str(error) if isinstance(error, VasError) else f"{type(error).__name__}: {error}"
             return row, None

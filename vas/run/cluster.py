@@ -40,9 +40,11 @@ def ray_cluster(resources: Resources) -> Iterator[None]:
         _quieten()
         yield
         return
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same in training workers
+    address = resources.address or os.environ.get("RAY_ADDRESS")  # a submitted job finds its cluster there
     try:
-        if resources.address:
-            ray.init(resources.address, runtime_env={"env_vars": environment}, logging_level=logging.WARNING)
+        if address:
+            ray.init(address, runtime_env={"env_vars": environment}, logging_level=logging.WARNING)
         else:
             os.environ.update(LOCAL_ENVIRONMENT | environment)  # the workers inherit it, and need no runtime_env agent
             ray.init(
@@ -55,7 +57,7 @@ def ray_cluster(resources: Resources) -> Iterator[None]:
     except (ConnectionError, ValueError) as error:
         raise VasError(
             f"cannot reach the Ray cluster: {str(error).splitlines()[0]}",
-            f"resources.address: {resources.address}",
+            f"resources.address: {address}",
             "start one with `ray start --head`, or leave the address empty",
         ) from None
     try:

@@ -35,7 +35,7 @@ class RunDirectory:
 
         Raises VasError if the directory holds a run of another config, or cannot be written.
         """
-        location = storage.join(config.runs_dir, config.name)
+        location = storage.absolute(storage.join(config.runs_dir, config.name))
         if storage.exists(storage.join(location, "run.json")):
             run = cls.open(location)
             if any(map(run.done, run._record["stages"])):  # else a first attempt's mistake would lock the name
@@ -56,6 +56,7 @@ class RunDirectory:
     @classmethod
     def open(cls, location: str, overrides: Iterable[str] = ()) -> RunDirectory:
         """Open a run that exists. Raises VasError if there is none, or an override makes it another run."""
+        location = storage.absolute(location)
         file = storage.join(location, "run.json")
         if not storage.exists(file):
             folder = Path(location).parent

@@ -25,11 +25,24 @@ def check(config: RunConfig) -> list[Prompt]:
 
     from transformers import AutoConfig  # slow to import, so after what may fail at once
 
-    from vas.models.base import load_pretrained, quieten
+    from vas.models.base import load_pretrained, load_tokenizer, quieten, tokenizer_digest
 
     quieten()
-    for model in {config.base.model, config.value.backbone or config.base.model}:
-        load_pretrained(AutoConfig, model, config.base.revision if model == config.base.model else None)
+    load_pretrained(AutoConfig, config.base.model, config.base.revision)
+    source, revision = config.backbone()
+    layers = load_pretrained(AutoConfig, source, revision).get_text_config().num_hidden_layers
+    if config.value.layers and config.value.layers > layers:
+        raise VasError(f"the backbone has {layers} layers, fewer than {config.value.layers}", "value.layers")
+    base, backbone = (
+        tokenizer_digest(load_tokenizer(*model))
+        for model in ((config.base.model, config.base.revision), (source, revision))
+    )
+    if base != backbone:
+        raise VasError(
+            "the value model's backbone and the base model have different tokenizers",
+            f"value.backbone: {source}, base.model: {config.base.model}",
+            "use a backbone that shares the base model's tokenizer, such as its smaller sibling",
+        )
     return prompts
 
 

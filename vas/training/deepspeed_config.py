@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from vas.config import Train
+from vas.errors import VasError
 
 
 def deepspeed_config(train: Train, workers: int, on_gpu: bool) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets. `train.deepspeed` wins wherever both speak."""
-    micro = min(train.micro_batch_size, max(1, train.batch_size // workers))
+    """What `deepspeed.initialize` gets. `train.deepspeed` wins wherever both speak.
+
+    The largest micro batch up to `train.micro_batch_size` that divides a worker's share is taken.
+    Raises VasError if the batch can't be shared out evenly.
+    """
+    share, rest = divmod(train.batch_size, workers)
+    if rest or not share:
+        raise VasError(
+            f"a batch of {train.batch_size} prompts cannot be shared evenly by {workers} workers",
+            "train.batch_size",
+            f"make it a multiple of {workers}",
+        )
+    micro = max(size for size in range(1, min(train.micro_batch_size, share) + 1) if share % size == 0)
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": max(1, train.batch_size // (micro * workers)),
+        "gradient_accumulation_steps": share // micro,
         "gradient_clipping": train.gradient_clipping,
         "bf16": {"enabled": on_gpu},
         "zero_optimization": {"stage": 2 if on_gpu and workers > 1 else 0},

@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import deepspeed
@@ -38,7 +39,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     on_gpu = config.resources.gpus_per_worker > 0
-    tokenizer = load_tokenizer(config.value.backbone or config.base.model)
+    tokenizer = load_tokenizer(*config.backbone())
     model = ValueModel.build(
         config.value,
         config.base,
@@ -49,7 +50,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     )
     model.get_input_embeddings().requires_grad_(config.train.train_embeddings)
     ds_config = deepspeed_config(config.train, workers, on_gpu)
-    steps = math.ceil(settings["rows"] / config.train.batch_size) * config.train.epochs
+    passes = math.ceil(settings["rows"] // workers / ds_config["train_micro_batch_size_per_gpu"])
+    steps = math.ceil(passes / ds_config["gradient_accumulation_steps"]) * config.train.epochs
     # Only inference uses it, and DeepSpeed would compile it first: half a minute, and a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
@@ -77,33 +79,36 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train_epoch(engine: Any, config: RunConfig, epoch: int, settings: dict[str, Any], rank: int) -> list[float]:
-    """One pass over this worker's shard; the loss of every optimizer step."""
+    """One pass over this worker's shard; the worker's own loss at every optimizer step."""
     engine.train()
     losses: list[float] = []
-    running: list[torch.Tensor] = []
     tokens, started = 0, time.monotonic()
-    batches = ray.train.get_dataset_shard("train").iter_batches(
-        batch_size=engine.train_micro_batch_size_per_gpu(),
-        batch_format="pyarrow",
-        local_shuffle_buffer_size=SHUFFLE_ROWS,
-        local_shuffle_seed=config.seed + epoch,
+    tables = iter(
+        ray.train.get_dataset_shard("train").iter_batches(
+            batch_size=engine.train_micro_batch_size_per_gpu(),
+            batch_format="pyarrow",
+            local_shuffle_buffer_size=SHUFFLE_ROWS,
+            local_shuffle_seed=config.seed + epoch,
+        )
     )
-    for table in batches:
-        batch = _on_device(collate(table.to_pylist()), engine)
-        loss, _ = engine(batch)
-        engine.backward(loss)
-        engine.step()
-        running.append(loss.detach())
-        tokens += batch.tokens
+    while step := list(islice(tables, engine.gradient_accumulation_steps())):
+        running = []
+        for number, table in enumerate(step, 1):
+            batch = _on_device(collate(table.to_pylist()), engine)
+            # an epoch's last step may be short of passes; shards are equal, so it is on every worker
+            engine.set_gradient_accumulation_boundary(number == len(step))
+            loss, _ = engine(batch)
+            engine.backward(loss)
+            engine.step()
+            running.append(loss.detach())
+            tokens += batch.tokens
+        losses.append(float(torch.stack(running).mean()))
         if rank == 0:
+            rate = tokens / (time.monotonic() - started)
             settings["board"].advance.remote(
-                table.num_rows * ray.train.get_context().get_world_size(),
-                f"epoch {epoch + 1}, loss {losses[-1] if losses else float(loss):.3f}, "
-                f"{tokens / (time.monotonic() - started):.0f} tokens/s a worker",
+                sum(table.num_rows for table in step) * ray.train.get_context().get_world_size(),
+                f"epoch {epoch + 1}, loss {losses[-1]:.3f}, {rate:.0f} tokens/s a worker",
             )
-        if engine.is_gradient_accumulation_boundary():
-            losses.append(float(torch.stack(running).mean()))  # one host sync a step, not one a pass
-            running = []
     return losses
 
 

@@ -21,6 +21,7 @@ from ray.train.torch import TorchTrainer
 from vas import storage
 from vas.config import RunConfig
 from vas.errors import VasError
+from vas.placement import worker_threads
 from vas.progress import Tracker
 from vas.rewards import load_rewards
 from vas.training.packing import pack
@@ -37,15 +38,16 @@ def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> 
     table = storage.read_table(files, columns=["prompt_id", "held_out", "error", "rewards"])
     objectives = objective_statistics(config, table)
     resources = config.resources
-    threads = resources.cpus_per_worker or max(1, (resources.num_cpus or os.cpu_count() or 1) // resources.workers)
+    threads = worker_threads(resources)
     board = _Board.remote()  # type: ignore[attr-defined]
-    prompts = _count_prompts(table, held_out=False)
+    packed = {side: _packed(files, side == "held_out", list(config.rewards)) for side in ("train", "held_out")}
+    rows = packed["train"].count()
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "config": config,
             "objectives": objectives,
-            "rows": prompts,
+            "rows": rows,
             "threads": threads,
             "output": output,
             "board": board,
@@ -57,16 +59,13 @@ def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> 
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",
-            storage_path=train_storage if storage.is_remote(train_storage) else os.path.abspath(train_storage),
+            storage_path=train_storage,
             failure_config=ray.train.FailureConfig(max_failures=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
-        datasets={
-            "train": _packed(files, held_out=False, objectives=list(config.rewards)),
-            "held_out": _packed(files, held_out=True, objectives=list(config.rewards)),
-        },
+        datasets=packed,  # shards are equal: up to workers−1 rows sit an epoch out
     )
-    progress = Tracker("training", prompts * config.train.epochs)
+    progress = Tracker("training", rows * config.train.epochs)
     with progress as tracker, _following(board, tracker), _interruptible():
         result = trainer.fit()
     if result.error is not None:
@@ -76,6 +75,8 @@ def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> 
 
 def _worker(settings: dict[str, Any]) -> None:
     """Runs in every training worker; the driver needs none of what this imports."""
+    if not settings["config"].resources.gpus_per_worker:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
     from vas.training.loop import train_worker
 
     train_worker(settings)
@@ -94,7 +95,7 @@ def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, A
     for name in config.rewards:
         rewards = np.array(pc.struct_field(good["rewards"], name).to_pylist(), dtype=np.float64)
         mean, std = float(rewards.mean()), float(rewards.std())
-        if std == 0:
+        if np.ptp(rewards) == 0:  # std of a constant may be 1e-17
             raise VasError(
                 f"the reward '{name}' scores every rollout alike ({mean:.4g}): there is nothing to learn",
                 f"rewards.{name}",
@@ -115,13 +116,8 @@ def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, A
     return found
 
 
-def _count_prompts(table: pa.Table, held_out: bool) -> int:
-    mine = pc.equal(table["held_out"], held_out)
-    return len(pc.unique(table.filter(pc.and_(mine, pc.is_null(table["error"])))["prompt_id"]))
-
-
-def _packed(files: list[str], held_out: bool, objectives: list[str]) -> ray.data.Dataset:
-    """Training rows of one side of the split, packed file by file as they stream in."""
+def _packed(files: list[str], held_out: bool, objectives: list[str]) -> ray.data.MaterializedDataset:
+    """Training rows of one side of the split, packed once, file by file; Ray spills what memory does not hold."""
     filesystem, _ = storage.filesystem(files[0])
     paths = [storage.filesystem(file)[1] for file in files]
     columns = [
@@ -133,12 +129,13 @@ def _packed(files: list[str], held_out: bool, objectives: list[str]) -> ray.data
         "held_out",
         "rewards",
     ]
-    return ray.data.read_parquet(paths, filesystem=filesystem, columns=columns, num_cpus=1).map_batches(
+    rows = ray.data.read_parquet(paths, filesystem=filesystem, columns=columns, num_cpus=1).map_batches(
         partial(_pack_side, held_out=held_out, objectives=objectives),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,
     )
+    return rows.materialize()
 
 
 def _pack_side(table: pa.Table, held_out: bool, objectives: list[str]) -> pa.Table:
