@@ -11,6 +11,7 @@ from tiny import tiny_objective, tiny_value
 
 from vas import guidance, schema
 from vas.config import Train
+from vas.errors import VasError
 from vas.models.value import ValueModel
 from vas.training.batches import Batch, collate
 from vas.training.deepspeed_config import deepspeed_config, merge
@@ -309,11 +310,17 @@ def test_the_report_gathers_batches_workers_objectives_and_quarters():
 
 @pytest.mark.parametrize(
     ("batch", "micro", "workers", "expected"),
-    [(16, 4, 1, (4, 4)), (16, 4, 2, (4, 2)), (4, 4, 2, (2, 1)), (1, 4, 4, (1, 1)), (16, 16, 1, (16, 1))],
+    [(16, 4, 1, (4, 4)), (16, 4, 2, (4, 2)), (4, 4, 2, (2, 1)), (6, 4, 1, (3, 2)), (16, 16, 1, (16, 1))],
 )
 def test_workers_and_accumulation_share_the_batch(batch, micro, workers, expected):
     made = deepspeed_config(Train(batch_size=batch, micro_batch_size=micro), workers, on_gpu=False)
     assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == expected
+
+
+@pytest.mark.parametrize(("batch", "workers"), [(1, 4), (16, 3)])
+def test_a_batch_that_workers_cannot_share_is_refused(batch, workers):
+    with pytest.raises(VasError, match=f"{batch} prompts cannot be shared evenly by {workers} workers"):
+        deepspeed_config(Train(batch_size=batch), workers, on_gpu=False)
 
 
 def test_deepspeed_defaults_follow_the_machine():
