@@ -77,7 +77,8 @@ def rollout(run: RunDirectory) -> None:
             "tokens_per_s": round(summary.tokens_per_s, 1),
         }
         failed = f", {sum(summary.errors.values())} failed" if summary.errors else ""
-        return f"{summary.rows} rollouts{failed}, {summary.tokens_per_s:.0f} tokens/s"
+        rate = f", {summary.tokens_per_s:.0f} tokens/s" if summary.sampled else ", all of them there already"
+        return f"{summary.rows} rollouts{failed}{rate}"
 
     _stage(run, "rollouts", body)
 
