@@ -64,6 +64,7 @@ def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> 
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
         datasets=packed,  # shards are equal: up to workers−1 rows sit an epoch out
+        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
     )
     progress = Tracker("training", rows * config.train.epochs)
     with progress as tracker, _following(board, tracker), _interruptible():
@@ -135,6 +136,7 @@ def _packed(files: list[str], held_out: bool, objectives: list[str]) -> ray.data
         batch_format="pyarrow",
         num_cpus=1,
     )
+    rows.context.execution_options.preserve_order = True  # the same seed gives the same losses
     return rows.materialize()
 
 
