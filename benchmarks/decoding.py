@@ -44,7 +44,7 @@ def timed(run: Callable[[], int]) -> float:
 def hugging_face(base: BaseModel, requests: list[Request]) -> int:
     """`generate`, padded on the left, with sampling."""
     longest = max(len(r.prompt_token_ids) for r in requests)
-    pad = base.eos_token_ids[0]
+    pad = base.tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (longest - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests])
     mask = torch.tensor([[0] * (longest - len(r.prompt_token_ids)) + [1] * len(r.prompt_token_ids) for r in requests])
     with torch.inference_mode():

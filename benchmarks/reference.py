@@ -31,7 +31,7 @@ def generate_one(base: BaseModel, value: ValueModel, request: Request) -> list[i
             logits, one * request.sampling.temperature, torch.zeros(1, dtype=torch.long), one, one * 0
         )
         tokens, valid = guidance.select_candidates(
-            policy, torch.tensor([request.guidance.candidates]), torch.tensor(base.eos_token_ids)
+            policy, torch.tensor([request.guidance.candidates]), torch.tensor(base.eos_token_ids, dtype=torch.long)
         )
         values = torch.zeros(*tokens.shape, 1)
         for i, token in enumerate(tokens[0]):
