@@ -11,7 +11,7 @@ from vas.decoding.engine import Engine
 from vas.decoding.scorer import ValueScorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams, Token
 from vas.errors import VasError, nearest
-from vas.models.base import encode_prompt, load_base, quieten
+from vas.models.base import BaseModel, encode_prompt, load_base, quieten
 from vas.models.value import ValueModel, check_tokenizers
 from vas.run.directory import RunDirectory
 from vas.schema import Prompt
@@ -67,7 +67,7 @@ def _check_strengths(strengths: dict[str, float], run: RunDirectory) -> None:
             raise VasError(f"the strength of '{name}' is not a finite number", where, "give a number, e.g. 2")
 
 
-def load_engine(run: RunDirectory, guided: bool) -> tuple:
+def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel, Engine]:
     """A run's base model, and an engine with its value model when one is needed."""
     base = load_base(run.config.base)
     if not guided:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -13,6 +13,9 @@ from rich.panel import Panel
 from vas.config import load_config
 from vas.errors import VasError, as_vas_error
 from vas.progress import console
+
+if TYPE_CHECKING:
+    from vas.run.directory import RunDirectory
 
 app = typer.Typer(
     name="vas",
@@ -147,7 +150,7 @@ def config_check(config: ConfigFile, set_: Overrides = None) -> None:
     )
 
 
-def _open(target: str, overrides: list[str] | None):  # type: ignore[no-untyped-def]
+def _open(target: str, overrides: list[str] | None) -> RunDirectory:
     """The run of a config file or a run directory, with overrides."""
     from vas.run.directory import RunDirectory
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -188,7 +189,7 @@ class Engine:
             self._runner.cache.lengths[owner] += 1
             self._completions[owner].base_positions += 1
         knobs = [s.request.sampling for s in sequences]
-        as_tensor = lambda values: torch.tensor(values, device=logits.device)  # noqa: E731
+        as_tensor = partial(torch.tensor, device=logits.device)
         return guidance.policy_logprobs(
             logits,
             as_tensor([float(k.temperature) for k in knobs]),
