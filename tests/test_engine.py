@@ -38,9 +38,11 @@ def request(
     value: str = "expected",
     baseline: str = "policy",
     outside: str = "keep",
+    candidate_mass: float = 1.0,
+    schedule: str = "token",
     **sampling,
 ) -> Request:
-    guidance = GuidanceParams(objectives or {}, candidates, value, baseline, outside)
+    guidance = GuidanceParams(objectives or {}, candidates, value, baseline, outside, candidate_mass, schedule)
     return Request(name, prompt, SamplingParams(**({"max_tokens": 12} | sampling)), guidance)
 
 
@@ -173,6 +175,7 @@ class Naive:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     guided_logprobs: list[float] = dataclasses.field(default_factory=list)
     kl: float = 0.0
+    guided_steps: int = 0
     outside: list[bool] = dataclasses.field(default_factory=list)
     """For each token whether it was no candidate."""
 
@@ -222,7 +225,12 @@ def naive_values(model, prefix: list[int], token: int, strengths: dict[str, floa
 
 def naive_guided(base, models, prefix, logprobs, guidance: GuidanceParams) -> tuple[list[float], set[int]]:
     """log π and the candidates: π(a|s) ∝ π0(a|s)·exp(Σ_j β_j·A_j(s,a))."""
-    likeliest = sorted(range(len(logprobs)), key=lambda token: -logprobs[token])[: guidance.candidates]
+    likeliest, mass = [], 0.0
+    for token in sorted(range(len(logprobs)), key=lambda token: -logprobs[token])[: guidance.candidates]:
+        if mass >= guidance.candidate_mass and guidance.candidate_mass < 1:
+            break
+        likeliest.append(token)
+        mass += math.exp(logprobs[token])
     candidates = [t for t in {*likeliest, *base.eos_token_ids} if logprobs[t] > NEVER]
     if guidance.baseline == "mean":
         weights = dict.fromkeys(candidates, 1.0)
@@ -249,9 +257,14 @@ def naive(base: BaseModel, models: list, asked: Request) -> Naive:
     result, prefix = Naive(), list(asked.prompt_token_ids)
     while len(result.token_ids) < asked.sampling.max_tokens:
         logits = base.model(torch.tensor([prefix])).logits[0, -1].double().tolist()
+        for biased, amount in asked.sampling.logit_bias.items():
+            logits[biased] += amount
         logprobs = naive_policy(logits, asked.sampling)
         guided, candidates = logprobs, set()
-        if any(asked.guidance.objectives.values()):
+        entropy = -sum(math.exp(p) * p for p in logprobs if p > NEVER)
+        threshold = asked.guidance.entropy_threshold
+        if any(asked.guidance.objectives.values()) and (threshold is None or entropy > threshold):
+            result.guided_steps += 1
             guided, candidates = naive_guided(base, models, prefix, logprobs, asked.guidance)
         if asked.sampling.temperature == 0:
             token = max(range(len(guided)), key=guided.__getitem__)
@@ -275,6 +288,7 @@ def assert_same(completion, expected: Naive):
     assert completion.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
     assert completion.guided_logprobs == pytest.approx(expected.guided_logprobs, abs=1e-4)
     assert completion.kl == pytest.approx(expected.kl, abs=1e-4)
+    assert completion.guided_steps == expected.guided_steps
 
 
 def guided_setup(arch: str, ending: tuple[int, ...] = (83,)) -> tuple[BaseModel, list, Engine]:
@@ -317,6 +331,12 @@ def mixed_requests() -> list[Request]:
         request("truncated", p[12], ALL, seed=9, top_p=0.5, top_k=40, temperature=1.3, candidates=6),
         request("min_p and a strength of 0", p[13], {"positive": 0.0, "formal": 2.0}, seed=10, min_p=0.05),
         request("strengths of 0", p[0], {"positive": 0.0, "formal": 0.0}, seed=11),
+        request("adaptive k", p[2], BOTH, seed=13, candidates=30, candidate_mass=0.6),
+        request("adaptive k of one token", p[3], ONE, seed=14, candidates=30, candidate_mass=0.01),
+        request("entropy schedule", p[4], ALL, seed=15, candidates=6, schedule="entropy:3.2", max_tokens=20),
+        request("entropy schedule, greedy", p[6], BOTH, temperature=0, schedule="entropy:3", candidates=5),
+        request("never uncertain enough", p[5], ONE, seed=16, schedule="entropy:99"),
+        request("logit_bias", p[8], TWO, seed=17, candidates=5, logit_bias={7: 4.0, 83: -100.0, 9: -3.5}),
         request("all tokens are candidates", p[1], ONE, seed=12, candidates=1000, max_tokens=2),
     ]
 
@@ -586,6 +606,25 @@ def test_leaving_a_stream_early_frees_it():
     assert engine.generate([asked])[0].token_ids == whole
 
 
+def test_steps_without_guidance_cost_no_value_pass_and_adaptive_k_narrows_it():
+    base = tiny_base("llama")
+    model = tiny_value("llama")
+    (prompt,) = prompts(5)
+
+    def positions(**guidance) -> tuple[int, int]:
+        engine = Engine(base, scorers_of([model]))
+        (done,) = engine.generate([request("r", prompt, ONE, seed=3, candidates=30, max_tokens=20, **guidance)])
+        return sum(done.value_positions.values()), done.guided_steps
+
+    every, steps = positions()
+    assert steps == 20
+    assert positions(schedule="entropy:99") == (len(prompt), 0)
+    half, some = positions(schedule="entropy:3.2")
+    assert 0 < some < steps
+    assert half < every
+    assert positions(candidate_mass=0.5)[0] < every
+
+
 def test_caches_do_not_grow_with_the_number_of_requests():
     base, models, _ = guided_setup("llama")
     engine = Engine(base, scorers_of(models), max_sequences=5)
@@ -613,6 +652,7 @@ def test_what_cannot_be_decoded_is_refused():
         (request("r", ()), "prompt is empty"),
         (request("r", (*prompt, VOCAB)), f"token id {VOCAB} is outside the vocabulary"),
         (request("r", (-1, *prompt)), "token id -1 is outside the vocabulary"),
+        (request("r", prompt, logit_bias={VOCAB: 1.0}), f"token id {VOCAB} is outside the vocabulary"),
         (request("r", prompt, {"positiv": 1.0}), "did you mean 'positive'"),
         (request("r", prompt, {"zzz": 1.0}), "known: concise, formal, positive"),
         (request("r", prompt, max_tokens=CONTEXT - 3), f"room for {CONTEXT}"),
@@ -662,6 +702,7 @@ def test_generate_minds_its_own_requests():
         {"min_p": -0.1},
         {"max_tokens": 0},
         {"stop": ("",)},
+        {"logit_bias": {3: math.nan}},
     ],
     ids=str,
 )
@@ -679,6 +720,18 @@ def test_a_strength_must_be_finite(strength):
 def test_candidates_must_be_at_least_one():
     with pytest.raises(VasError, match="at least 1"):
         GuidanceParams(ONE, candidates=0)
+
+
+@pytest.mark.parametrize("mass", [0.0, -1.0, 1.1, math.nan])
+def test_candidate_mass_is_a_probability(mass):
+    with pytest.raises(VasError, match="candidate_mass is out of its range"):
+        GuidanceParams(ONE, candidate_mass=mass)
+
+
+@pytest.mark.parametrize("schedule", ["", "entropy", "entropy:", "entropy:-1", "entropy:x", "tokens", "token:3"])
+def test_an_unknown_schedule_is_refused(schedule):
+    with pytest.raises(VasError, match="unknown schedule"):
+        GuidanceParams(ONE, schedule=schedule)
 
 
 def test_two_value_models_may_not_bring_the_same_objective():

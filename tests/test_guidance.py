@@ -64,6 +64,20 @@ def test_candidates_are_top_k_and_eos_once_without_excluded_tokens():
     assert valid[1].sum() == 2
 
 
+def test_adaptive_k_stops_at_the_mass():
+    logprobs = rows([0.4, 0.3, 0.2, 0.1, 0.0], [0.9, 0.05, 0.03, 0.01, 0.01]).log()
+    for masses, taken in [([0.65, 0.5], [2, 1]), ([0.95, 0.001], [4, 1]), ([1.0, 0.9], [4, 1]), ([0.2, 0.97], [1, 3])]:
+        tokens, valid = g.select_candidates(logprobs, torch.tensor([4, 4]), torch.tensor([4]), torch.tensor(masses))
+        assert tokens.shape[1] == max(taken) + 1  # EOS
+        assert valid[:, :-1].sum(-1).tolist() == taken
+
+
+def test_entropy_of_a_truncated_policy():
+    uniform, certain = rows([0.25, 0.25, 0.25, 0.25, 0.0]).log(), rows([0.0, 1.0]).log()
+    assert g.entropy(uniform).item() == pytest.approx(math.log(4))
+    assert g.entropy(certain).item() == 0
+
+
 def test_guided_policy_against_its_definition():
     generator = torch.Generator().manual_seed(2)
     logprobs = torch.randn(2, 9, generator=generator).log_softmax(-1)

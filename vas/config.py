@@ -122,6 +122,9 @@ class Train(_Section):
     """DeepSpeed JSON, merged over ours (`{"zero_optimization": {"stage": 2}}`)."""
 
 
+SCHEDULE = r"token|entropy:\d+(\.\d+)?"
+
+
 class Evaluation(_Section):
     best_of: list[Annotated[int, Field(gt=1)]] = Field(default_factory=lambda: [2, 4, 8])
     """N of best-of-N, at most rollouts.samples_per_prompt."""
@@ -137,6 +140,10 @@ class Evaluation(_Section):
     """What an advantage is measured from: π0-weighted, or the plain mean (the authors')."""
     outside: Literal["keep", "drop"] = "keep"
     """Tokens outside the candidates keep π0's probability, or are dropped."""
+    candidate_mass: float = Field(1.0, gt=0, le=1)
+    """Adaptive k: stop taking candidates once they have this base probability together; 1 takes all k."""
+    schedule: str = Field("token", pattern=f"^({SCHEDULE})$")
+    """Steps that are guided: `token`, every one; `entropy:h`, those where the base's entropy exceeds h nats."""
     bootstrap: int = Field(2000, gt=0)
     """Resamples for the 95 % intervals."""
     samples_shown: int = Field(8, ge=0)

@@ -47,18 +47,28 @@ def policy_logprobs(
     return torch.log_softmax(logprobs, dim=-1)
 
 
-def select_candidates(logprobs_BV: Tensor, k_B: Tensor, always: Tensor) -> tuple[Tensor, Tensor]:
+def select_candidates(
+    logprobs_BV: Tensor, k_B: Tensor, always: Tensor, mass_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Candidates: the top k tokens of π0 and those of `always` (EOS), less what π0 excludes.
 
-    k_B: [B] tokens to take, may differ by row. always: [E] token ids.
-    Returns token ids [B, K] and which of them count [B, K], K = max(k) + E; a token stands once.
+    k_B: [B] tokens to take, may differ by row. always: [E] token ids. mass_B: [B] adaptive k: take
+    no more tokens once those taken have this probability together; 1 takes all k.
+    Returns token ids [B, K] and which of them count [B, K], where K = E + the most tokens
+    that any row takes; a token stands once.
     """
     vocab = logprobs_BV.shape[-1]
     top = logprobs_BV.topk(min(int(k_B.max()), vocab), dim=-1)
-    within = torch.arange(top.indices.shape[1], device=logprobs_BV.device) < k_B[:, None]
+    likeliest = top.indices
+    within = torch.arange(likeliest.shape[1], device=logprobs_BV.device) < k_B[:, None]
+    if mass_B is not None:
+        probs = top.values.exp()
+        within &= (probs.cumsum(-1) - probs < mass_B[:, None]) | (mass_B >= 1)[:, None]
+        widest = int(within.sum(-1).max())
+        likeliest, within = likeliest[:, :widest], within[:, :widest]
     extra = always.expand(len(logprobs_BV), -1)
-    tokens = torch.cat([top.indices, extra], dim=1)
-    already = ((extra[:, :, None] == top.indices[:, None, :]) & within[:, None, :]).any(-1)
+    tokens = torch.cat([likeliest, extra], dim=1)
+    already = ((extra[:, :, None] == likeliest[:, None, :]) & within[:, None, :]).any(-1)
     valid = torch.cat([within, ~already], dim=1)
     return tokens, valid & logprobs_BV.gather(1, tokens).isfinite()
 
@@ -109,6 +119,11 @@ def kl_divergence(guided_BV: Tensor, base_BV: Tensor) -> Tensor:
     """Exact KL(π‖π0) of one step in nats, over the tokens that π keeps. Returns [B]."""
     ratio = (guided_BV - base_BV).masked_fill(guided_BV == NEVER, 0.0)
     return (guided_BV.exp() * ratio).sum(-1)
+
+
+def entropy(logprobs_BV: Tensor) -> Tensor:
+    """Entropy of each row in nats; excluded tokens count nothing. Returns [B]."""
+    return -(logprobs_BV.exp() * logprobs_BV.masked_fill(logprobs_BV == NEVER, 0.0)).sum(-1)
 
 
 def td_lambda_targets(values_BTJ: Tensor, rewards_BJ: Tensor, last_B: Tensor, td_lambda: float) -> Tensor:

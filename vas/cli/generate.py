@@ -25,6 +25,7 @@ def generate_text(
     temperature: float | None,
     max_tokens: int | None,
     candidates: int | None,
+    schedule: str | None,
     seed: int,
     plain: bool,
 ) -> None:
@@ -37,7 +38,8 @@ def generate_text(
     output = Console()
     chosen = {"temperature": temperature, "max_tokens": max_tokens}
     sampling = run.config.rollouts.sampling.model_copy(update={k: v for k, v in chosen.items() if v is not None})
-    evaluation = run.config.evaluation.model_copy(update={"candidates": candidates} if candidates else {})
+    guiding = {"candidates": candidates, "schedule": schedule}
+    evaluation = run.config.evaluation.model_copy(update={k: v for k, v in guiding.items() if v is not None})
     system = run.config.prompts.system
     messages = ({"role": "system", "content": system},) if system else ()
     tokens = encode_prompt(base.tokenizer, Prompt("", (*messages, {"role": "user", "content": prompt})))

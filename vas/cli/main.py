@@ -100,6 +100,9 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the run's.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: the run's.")] = None,
     candidates: Annotated[int | None, typer.Option(min=1, help="Tokens scored a step. Default: the run's.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Steps guided: token, or entropy:NATS. Default: the run's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="No colours for what guidance moved.")] = False,
 ) -> None:
@@ -107,7 +110,7 @@ def generate(
     strengths = _strengths(strength)  # a slip shows at once, not after torch has loaded
     from vas.cli.generate import generate_text
 
-    generate_text(run, prompt, strengths, samples, temperature, max_tokens, candidates, seed, plain)
+    generate_text(run, prompt, strengths, samples, temperature, max_tokens, candidates, schedule, seed, plain)
 
 
 @app.command(epilog="Example: `vas rewards`")

@@ -15,7 +15,7 @@ from vas.decoding.detokenizer import Detokenizer
 from vas.decoding.runner import ModelRunner
 from vas.decoding.sampler import sample, uniforms
 from vas.decoding.scorer import ScoreBatch, Scorer
-from vas.decoding.sequence import Completion, Request, Sequence, Token
+from vas.decoding.sequence import Completion, Request, SamplingParams, Sequence, Token
 from vas.errors import VasError, nearest
 from vas.models.base import BaseModel
 
@@ -56,7 +56,8 @@ class Engine:
         if not request.prompt_token_ids:
             raise VasError("the prompt is empty", request.request_id, "give at least one token")
         vocab = self._base.model.get_input_embeddings().num_embeddings
-        for token in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
+        named = (*request.prompt_token_ids, *request.sampling.logit_bias)
+        for token in (min(named), max(named)):
             if not 0 <= token < vocab:  # would take every running sequence down with it
                 raise VasError(f"token id {token} is outside the vocabulary", request.request_id)
         longest = len(request.prompt_token_ids) + request.sampling.max_tokens
@@ -189,6 +190,7 @@ class Engine:
             self._runner.cache.lengths[owner] += 1
             self._completions[owner].base_positions += 1
         knobs = [s.request.sampling for s in sequences]
+        logits = self._biased(logits, knobs)
         as_tensor = partial(torch.tensor, device=logits.device)
         return guidance.policy_logprobs(
             logits,
@@ -198,9 +200,30 @@ class Engine:
             as_tensor([float(k.min_p) for k in knobs]),
         )
 
+    @staticmethod
+    def _biased(logits_BV: Tensor, knobs: list[SamplingParams]) -> Tensor:
+        """The logits with each request's `logit_bias`."""
+        biased = [(b, *item) for b, k in enumerate(knobs) for item in k.logit_bias.items()]
+        if not biased:
+            return logits_BV
+        rows, tokens, amounts = zip(*biased, strict=True)
+        device = logits_BV.device
+        at = torch.tensor(rows, device=device), torch.tensor(tokens, device=device)
+        return logits_BV.float().index_put(at, torch.tensor(amounts, device=device), accumulate=True)
+
+    def _guided_now(self, sequences: list[Sequence], base_BV: Tensor) -> list[int]:
+        """Rows whose schedule wants guidance at this step."""
+        guided = [b for b, sequence in enumerate(sequences) if sequence.guided]
+        thresholds = {b: sequences[b].request.guidance.entropy_threshold for b in guided}
+        asked = [b for b, threshold in thresholds.items() if threshold is not None]
+        if not asked:
+            return guided
+        entropies = dict(zip(asked, guidance.entropy(base_BV[asked]).tolist(), strict=True))
+        return [b for b in guided if b not in entropies or entropies[b] > (thresholds[b] or 0.0)]
+
     def _guide(self, sequences: list[Sequence], base_BV: Tensor) -> Tensor:
         """log π of every sequence's next token; the rows without guidance are π0's. [B, V]"""
-        rows = [b for b, sequence in enumerate(sequences) if sequence.guided]
+        rows = self._guided_now(sequences, base_BV)
         if not rows:
             return base_BV
         guided = [sequences[b] for b in rows]
@@ -208,7 +231,9 @@ class Engine:
         device = policy.device
         params = [s.request.guidance for s in guided]
         k = torch.tensor([p.candidates for p in params], device=device)
-        tokens, valid = guidance.select_candidates(policy, k, self._eos)
+        masses = [p.candidate_mass for p in params]
+        adaptive = torch.tensor(masses, device=device) if min(masses) < 1 else None
+        tokens, valid = guidance.select_candidates(policy, k, self._eos, adaptive)
         strengths = torch.zeros(len(rows), len(self.objectives), device=device)
         for b, p in enumerate(params):
             for name, strength in p.objectives.items():
@@ -251,6 +276,7 @@ class Engine:
                 self._completions[sequence.request.request_id].value_positions[scorer.name] += positions
         for sequence in sequences:
             sequence.unscored = []
+            self._completions[sequence.request.request_id].guided_steps += 1
         return values
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,8 @@ class SamplingParams:
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     seed: int = 0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Token id → what is added to its logit, before temperature and truncation."""
 
     @classmethod
     def of(cls, sampling: config.Sampling, seed: int) -> SamplingParams:
@@ -34,6 +37,7 @@ class SamplingParams:
             "top_k": self.top_k >= 0,
             "min_p": 0 <= self.min_p < 1,
             "max_tokens": self.max_tokens > 0,
+            "logit_bias": all(map(math.isfinite, self.logit_bias.values())),
             "stop": all(self.stop),  # an empty string would stop before the first token
         }.items():
             if not good:
@@ -50,11 +54,23 @@ class GuidanceParams:
     value: Literal["expected", "soft"] = "expected"
     baseline: Literal["policy", "mean"] = "policy"
     outside: Literal["keep", "drop"] = "keep"
+    candidate_mass: float = 1.0
+    """Adaptive k: no more candidates once those taken have this probability under π0; 1 takes all k."""
+    schedule: str = "token"
+    """Which steps are guided: `token`, all; `entropy:h`, those where π0's entropy exceeds h nats."""
 
     @classmethod
     def of(cls, evaluation: config.Evaluation, strengths: config.Strengths) -> GuidanceParams:
         """A run's way of guiding, with these strengths."""
-        return cls(strengths, evaluation.candidates, evaluation.value, evaluation.baseline, evaluation.outside)
+        return cls(
+            strengths,
+            evaluation.candidates,
+            evaluation.value,
+            evaluation.baseline,
+            evaluation.outside,
+            evaluation.candidate_mass,
+            evaluation.schedule,
+        )
 
     def __post_init__(self) -> None:
         for name, strength in self.objectives.items():
@@ -62,6 +78,16 @@ class GuidanceParams:
                 raise VasError(f"the strength of '{name}' is not finite: {strength}", mend="give a number, e.g. 2")
         if self.candidates < 1:
             raise VasError(f"candidates must be at least 1, not {self.candidates}")
+        if not 0 < self.candidate_mass <= 1:
+            raise VasError(f"candidate_mass is out of its range: {self.candidate_mass}", mend="give 0 < mass <= 1")
+        if not re.fullmatch(config.SCHEDULE, self.schedule):
+            raise VasError(f"unknown schedule '{self.schedule}'", mend="give `token` or `entropy:NATS`")
+
+    @property
+    def entropy_threshold(self) -> float | None:
+        """Nats of π0's entropy above which a step is guided; None guides every step."""
+        kind, _, threshold = self.schedule.partition(":")
+        return float(threshold) if kind == "entropy" else None
 
     def active(self) -> bool:
         """False if guidance would change nothing."""
@@ -109,6 +135,8 @@ class Completion:
     guided_logprobs: list[float] = field(default_factory=list)
     kl: float = 0.0
     """Sum of the steps' KL(π‖π0), nats."""
+    guided_steps: int = 0
+    """Steps that a value model had a say in; fewer than the tokens under an `entropy` schedule."""
     base_positions: int = 0
     """Token positions run through the base model, prompt included."""
     value_positions: dict[str, int] = field(default_factory=dict)
