@@ -642,6 +642,47 @@ def test_caches_do_not_grow_with_the_number_of_requests():
     assert [cache.memory() for cache in caches] == held
 
 
+@pytest.mark.parametrize("limit", [2 * ROWS * COLUMNS, 3 * ROWS * COLUMNS])
+def test_preempted_sequences_go_on_with_the_same_tokens_within_the_memory_stated(limit):
+    base, models, _ = guided_setup("llama")
+    lengths = np.random.default_rng(1).integers(1, 50, 24).tolist()
+    requests = [
+        request(
+            str(i),
+            prompt,
+            [BOTH, ALL, {}][i % 3],
+            seed=i,
+            max_tokens=20 + 10 * (i % 4),
+            schedule=["token", "entropy:3"][i % 2],
+        )
+        for i, prompt in enumerate(prompts(*lengths))
+    ]
+    free = Engine(base, scorers_of(models)).generate(requests)
+    engine = Engine(base, scorers_of(models), max_sequences=24, kv_tokens=limit)
+    cache, done, left, leave = engine._runner.cache, {}, [], engine._leave
+    engine._leave = lambda sequence: (left.append(sequence), leave(sequence))
+    for asked in requests:
+        engine.add(asked)
+    while engine.busy:
+        for token in engine.step():
+            if token.finish_reason:
+                done[token.request_id] = engine.take(token.request_id)
+        rows, columns = cache.keys[0].shape[:2]
+        assert rows * columns <= limit
+    assert len(left) > len(requests), "the test should preempt"
+    for expected in free:
+        found = done[expected.request_id]
+        assert (found.token_ids, found.text) == (expected.token_ids, expected.text)
+        assert found.guided_steps == expected.guided_steps
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
+def test_a_request_larger_than_the_memory_is_refused():
+    engine = Engine(tiny_base("llama"), kv_tokens=ROWS * COLUMNS)
+    with pytest.raises(VasError, match="more than the KV cache may hold"):
+        engine.add(request("r", prompts(10)[0], max_tokens=COLUMNS))
+
+
 # --- errors ------------------------------------------------------------------------------------
 
 

@@ -20,10 +20,14 @@ class SlotCache(Cache):
     """Keys and values of many sequences, for any Hugging Face model that takes a `Cache`.
 
     `plan` says where the next forward pass writes; `update` is what the model's attention calls.
+
+    limit: tokens (rows times columns) to hold at most, room for growth included; None for no limit.
+    It is kept as long as `fits` is asked before a row or a column is added.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         super().__init__(layers=[])
+        self._limit = limit
         self.keys: list[Tensor] = []  # a layer each: [rows, columns, heads, head_dim]
         self.values: list[Tensor] = []
         self.row_of: dict[Hashable, int] = {}
@@ -33,6 +37,10 @@ class SlotCache(Cache):
 
     def __len__(self) -> int:
         return len(self._owners)
+
+    def fits(self, rows: int, width: int) -> bool:
+        """Whether so many sequences of up to `width` tokens stay within the limit."""
+        return self._limit is None or _up(rows, ROWS) * _up(width, COLUMNS) <= self._limit
 
     def add(self, owner: Hashable) -> None:
         """Give a new sequence a row; it is empty."""
@@ -106,12 +114,16 @@ class SlotCache(Cache):
         """Make room for so many rows and columns."""
         if not self.keys or (rows <= self.keys[0].shape[0] and width <= self.keys[0].shape[1]):
             return
+        shape = max(_up(rows, ROWS), self.keys[0].shape[0]), max(_up(width, COLUMNS), self.keys[0].shape[1])
+        if self._limit is not None and shape[0] * shape[1] > self._limit:
+            # give up what an earlier, other shape left over
+            shape = _up(rows, ROWS), _up(max(width, *self.lengths.values()), COLUMNS)
+            assert shape[0] * shape[1] <= self._limit, "fits() comes before a row or a column more"
         for store in (self.keys, self.values):
             for i, layer in enumerate(store):
-                shape = (max(_up(rows, ROWS), layer.shape[0]), max(_up(width, COLUMNS), layer.shape[1]))
-                larger = layer.new_zeros((*shape, *layer.shape[2:]))
-                larger[: layer.shape[0], : layer.shape[1]] = layer
-                store[i] = larger
+                held = layer[: shape[0], : shape[1]]
+                store[i] = layer.new_zeros((*shape, *layer.shape[2:]))
+                store[i][: held.shape[0], : held.shape[1]] = held
 
 
 def _up(number: int, step: int) -> int:

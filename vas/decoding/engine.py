@@ -27,9 +27,18 @@ class Engine:
     tokens are those of Hugging Face `generate` in float32.
 
     max_sequences: how many are decoded at once; more wait.
+    kv_tokens: tokens that the base model's KV cache may hold, counted as allocated (sequences in
+    steps of 8, times the longest one in steps of 64). When they grow out of it, the youngest
+    sequence waits, and later goes on with the tokens it would have had. None for no limit.
     """
 
-    def __init__(self, base: BaseModel, scorers: Many[Scorer] = (), max_sequences: int = 64) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        scorers: Many[Scorer] = (),
+        max_sequences: int = 64,
+        kv_tokens: int | None = None,
+    ) -> None:
         self._base, self._scorers, self._max_sequences = base, list(scorers), max_sequences
         self.objectives: dict[str, int] = {}
         for scorer in scorers:
@@ -44,10 +53,12 @@ class Engine:
             model.config.get_text_config(),
             model.dtype,
             model.device,
+            kv_tokens,
         )
         self._eos = torch.tensor(base.eos_token_ids, dtype=torch.long, device=model.device)
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._added = 0
         self._completions: dict[str, Completion] = {}
         self._texts: dict[str, Detokenizer] = {}
 
@@ -70,6 +81,12 @@ class Engine:
                     request.request_id,
                     "shorten the prompt or lower max_tokens",
                 )
+        if not self._runner.cache.fits(1, longest):
+            raise VasError(
+                f"prompt and max_tokens make {longest} tokens, more than the KV cache may hold",
+                request.request_id,
+                "shorten the prompt, lower max_tokens or raise kv_tokens",
+            )
         for name in request.guidance.objectives:
             if name not in self.objectives:
                 raise VasError(
@@ -83,7 +100,8 @@ class Engine:
             raise VasError(f"request id '{request.request_id}' is in use already")
         self._completions[request.request_id] = Completion(request.request_id)
         self._texts[request.request_id] = Detokenizer(self._base.tokenizer, request.sampling.stop)
-        self._waiting.append(request)
+        self._waiting.append(Sequence(request, self._added))
+        self._added += 1
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Decode requests to the end; completions come in the requests' order."""
@@ -122,7 +140,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drop a request, wherever it is; unknown ids are fine."""
-        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
+        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
         for sequence in self._running:
             if sequence.request.request_id == request_id:
                 self._leave(sequence)
@@ -138,6 +156,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """Admit what fits, then append one token to every running sequence; returns those tokens."""
+        self._preempt()
         self._admit()
         if not self._running:
             return []
@@ -163,13 +182,17 @@ class Engine:
         ]
 
     def _admit(self) -> None:
-        """Let waiting requests in: all but a prompt's last token goes through the models."""
+        """Let waiting sequences in: all but the last token goes through the models."""
         fresh: list[Sequence] = []
-        while self._waiting and len(self._running) + len(fresh) < self._max_sequences:
-            fresh.append(Sequence(self._waiting.popleft()))
+        while (
+            self._waiting
+            and len(self._running) + len(fresh) < self._max_sequences
+            and self._fits([*self._running, *fresh, self._waiting[0]])
+        ):
+            fresh.append(self._waiting.popleft())
         if not fresh:
             return
-        prompts = {s.request.request_id: s.request.prompt_token_ids for s in fresh}
+        prompts = {s.request.request_id: s.token_ids for s in fresh}
         run = self._runner.prefill(list(prompts), [tokens[:-1] for tokens in prompts.values()])
         for request_id, positions in run.items():
             self._completions[str(request_id)].base_positions += positions
@@ -177,8 +200,21 @@ class Engine:
             wanted = [s.request.request_id for s in fresh if self._uses(s.request, scorer)]
             if wanted:
                 for request_id, positions in scorer.open(wanted, [prompts[i] for i in wanted]).items():
-                    self._completions[str(request_id)].value_positions[scorer.name] = positions
+                    spent = self._completions[str(request_id)].value_positions
+                    spent[scorer.name] = spent.get(scorer.name, 0) + positions
         self._running.extend(fresh)
+
+    def _fits(self, sequences: list[Sequence]) -> bool:
+        """Whether the KV cache holds these after the next step."""
+        return self._runner.cache.fits(len(sequences), max(len(s.token_ids) for s in sequences))
+
+    def _preempt(self) -> None:
+        """Send the youngest sequences back to wait, until the others have room for a step."""
+        while self._running and not self._fits(self._running):
+            youngest = max(self._running, key=lambda sequence: sequence.number)
+            self._leave(youngest)
+            youngest.unscored = []  # the scorers will open it with these
+            self._waiting.appendleft(youngest)
 
     def _policy(self, sequences: list[Sequence]) -> Tensor:
         """log π0 of every sequence's next token: [B, V]."""

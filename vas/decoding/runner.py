@@ -20,7 +20,7 @@ class ModelRunner:
 
     forward: called as a Hugging Face model is (input_ids, position_ids, attention_mask,
     past_key_values); what it returns is handed back. prefill: the same for prompts, whose
-    outputs nobody needs.
+    outputs nobody needs. limit: tokens that the KV cache may hold.
     """
 
     def __init__(
@@ -30,10 +30,11 @@ class ModelRunner:
         config: PreTrainedConfig,
         dtype: torch.dtype,
         device: torch.device,
+        limit: int | None = None,
     ) -> None:
         self._forward, self._prefill = forward, prefill
         self.dtype, self.device = dtype, device
-        self.cache = SlotCache()
+        self.cache = SlotCache(limit)
         self._window = getattr(config, "sliding_window", None)
         if not getattr(config, "use_sliding_window", True):
             self._window = None

@@ -157,9 +157,16 @@ class Sequence:
     """A request under way. Its last token is not in the KV cache yet: the next step runs it."""
 
     request: Request
+    number: int
+    """How many requests came before it."""
     response: list[int] = field(default_factory=list)
     unscored: list[int] = field(default_factory=list)
     """Tokens appended since the scorers last saw the sequence."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and response so far."""
+        return (*self.request.prompt_token_ids, *self.response)
 
     @property
     def last_token(self) -> int:
