@@ -14,11 +14,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 
 from benchmarks.reference import generate_one
@@ -33,6 +35,8 @@ from vas.prompts import load_prompts
 
 BASE = Base(model="bundled:smollm2-135m-instruct")
 NEW_TOKENS, CANDIDATES, LAYERS = 32, 20, 10
+MASS = 0.9  # of adaptive k
+QUEUED = 4  # requests of mixed lengths (geometric, mean NEW_TOKENS) for each place of the batch
 
 
 def timed(run: Callable[[], int]) -> float:
@@ -44,6 +48,7 @@ def timed(run: Callable[[], int]) -> float:
 def hugging_face(base: BaseModel, requests: list[Request]) -> int:
     """`generate`, padded on the left, with sampling."""
     longest = max(len(r.prompt_token_ids) for r in requests)
+    new_tokens = max(r.sampling.max_tokens for r in requests)
     pad = base.tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (longest - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests])
     mask = torch.tensor([[0] * (longest - len(r.prompt_token_ids)) + [1] * len(r.prompt_token_ids) for r in requests])
@@ -53,17 +58,23 @@ def hugging_face(base: BaseModel, requests: list[Request]) -> int:
             attention_mask=mask,
             do_sample=True,
             top_k=0,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
             pad_token_id=pad,
         )
-    return len(requests) * (out.shape[1] - longest)
+    assert out.shape[1] == longest + new_tokens
+    return sum(r.sampling.max_tokens for r in requests)  # what nobody asked for doesn't count
 
 
-def engine(base: BaseModel, requests: list[Request], value: ValueModel | None = None) -> int:
-    """The engine, guided when there is a value model."""
+def in_batches(base: BaseModel, requests: list[Request], batch: int) -> int:
+    """A queue through `generate`, a batch at a time: each runs as long as its longest request."""
+    return sum(hugging_face(base, requests[i : i + batch]) for i in range(0, len(requests), batch))
+
+
+def engine(base: BaseModel, requests: list[Request], value: ValueModel | None = None, batch: int | None = None) -> int:
+    """The engine, guided when there is a value model; `batch` sequences at once, by default all."""
     scorers = [ValueScorer("value", value)] if value is not None else []
-    return sum(len(c.token_ids) for c in Engine(base, scorers, max_sequences=len(requests)).generate(requests))
+    return sum(len(c.token_ids) for c in Engine(base, scorers, batch or len(requests)).generate(requests))
 
 
 def random_value_model(base: BaseModel) -> ValueModel:
@@ -89,6 +100,11 @@ def measure(batches: list[int], threads: int) -> list[dict[str, Any]]:
             Request(r.request_id, r.prompt_token_ids, r.sampling, GuidanceParams({"any": 2.0}, CANDIDATES))
             for r in plain
         ]
+        adaptive = [replace(r, guidance=replace(r.guidance, candidate_mass=MASS)) for r in guided]
+        queue = [
+            Request(str(i), prompts[i], SamplingParams(max_tokens=length, seed=i))
+            for i, length in enumerate(np.random.default_rng(0).geometric(1 / NEW_TOKENS, QUEUED * batch).tolist())
+        ]
         few = guided[: min(batch, 2)]  # one sequence at a time: its rate does not depend on the batch
         engine(base, plain), engine(base, guided, value)  # warm up
         figures = {
@@ -96,7 +112,11 @@ def measure(batches: list[int], threads: int) -> list[dict[str, Any]]:
             "engine": timed(lambda r=plain: engine(base, r)),
             "reference guided": timed(lambda r=few: sum(len(generate_one(base, value, one)) for one in r)),
             "engine guided": timed(lambda r=guided: engine(base, r, value)),
+            "engine guided, adaptive k": timed(lambda r=adaptive: engine(base, r, value)),
         }
+        if batch > 1:
+            figures["generate, mixed lengths"] = timed(lambda r=queue, b=batch: in_batches(base, r, b))
+            figures["engine, mixed lengths"] = timed(lambda r=queue, b=batch: engine(base, r, batch=b))
         goal = {1: ">= 3", 32: ">= 8"}.get(batch)
         rows += [_row(batch, name, "throughput", rate, "tokens/s") for name, rate in figures.items()]
         rows += [
@@ -105,7 +125,18 @@ def measure(batches: list[int], threads: int) -> list[dict[str, Any]]:
                 batch, "guided / reference", "ratio", figures["engine guided"] / figures["reference guided"], "x", goal
             ),
             _row(batch, "guided / unguided", "ratio", figures["engine guided"] / figures["engine"], "x"),
+            _row(
+                batch,
+                "adaptive k / generate",
+                "ratio",
+                figures["engine guided, adaptive k"] / figures["generate"],
+                "x",
+                ">= 1.0" if batch > 1 else None,
+            ),
         ]
+        if batch > 1:
+            mixed = figures["engine, mixed lengths"] / figures["generate, mixed lengths"]
+            rows.append(_row(batch, "mixed: engine / generate", "ratio", mixed, "x", ">= 1.5"))
     return rows
 
 
@@ -122,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure([1, 8] if options.quick else [1, 8, 32], options.threads)
     for row in rows:
-        console.print(f"{row['case']:<32} {row['value']:>9.2f} {row['unit']:<9} {row['goal'] or ''}", highlight=False)
+        console.print(f"{row['case']:<38} {row['value']:>9.2f} {row['unit']:<9} {row['goal'] or ''}", highlight=False)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(rows, indent=1))
