@@ -206,7 +206,7 @@ class Engine:
 
     def _fits(self, sequences: list[Sequence]) -> bool:
         """Whether the KV cache holds these after the next step."""
-        return self._runner.cache.fits(len(sequences), max(len(s.token_ids) for s in sequences))
+        return self._runner.cache.fits(len(sequences), max(map(len, sequences)))
 
     def _preempt(self) -> None:
         """Send the youngest sequences back to wait, until the others have room for a step."""

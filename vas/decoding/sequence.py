@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from vas import config
@@ -62,15 +62,8 @@ class GuidanceParams:
     @classmethod
     def of(cls, evaluation: config.Evaluation, strengths: config.Strengths) -> GuidanceParams:
         """A run's way of guiding, with these strengths."""
-        return cls(
-            strengths,
-            evaluation.candidates,
-            evaluation.value,
-            evaluation.baseline,
-            evaluation.outside,
-            evaluation.candidate_mass,
-            evaluation.schedule,
-        )
+        names = {each.name for each in fields(cls)} - {"objectives"}
+        return cls(strengths, **evaluation.model_dump(include=names))
 
     def __post_init__(self) -> None:
         for name, strength in self.objectives.items():
@@ -162,6 +155,9 @@ class Sequence:
     response: list[int] = field(default_factory=list)
     unscored: list[int] = field(default_factory=list)
     """Tokens appended since the scorers last saw the sequence."""
+
+    def __len__(self) -> int:
+        return len(self.request.prompt_token_ids) + len(self.response)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
