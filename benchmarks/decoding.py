@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from benchmarks.reference import generate_one
+from benchmarks.reference import one_at_a_time
 from vas.config import Base, Prompts, Value
 from vas.decoding.engine import Engine
 from vas.decoding.scorer import ValueScorer
@@ -110,7 +110,7 @@ def measure(batches: list[int], threads: int) -> list[dict[str, Any]]:
         figures = {
             "generate": timed(lambda r=plain: hugging_face(base, r)),
             "engine": timed(lambda r=plain: engine(base, r)),
-            "reference guided": timed(lambda r=few: sum(len(generate_one(base, value, one)) for one in r)),
+            "reference guided": timed(lambda r=few: sum(len(one_at_a_time(base, value, one)) for one in r)),
             "engine guided": timed(lambda r=guided: engine(base, r, value)),
             "engine guided, adaptive k": timed(lambda r=adaptive: engine(base, r, value)),
         }

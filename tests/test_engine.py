@@ -178,6 +178,8 @@ class Naive:
     guided_steps: int = 0
     outside: list[bool] = dataclasses.field(default_factory=list)
     """For each token whether it was no candidate."""
+    candidates: int = 0
+    """Over all steps."""
 
 
 def log_softmax(scores: list[float]) -> list[float]:
@@ -277,6 +279,7 @@ def naive(base: BaseModel, models: list, asked: Request) -> Naive:
         result.guided_logprobs.append(guided[token])
         result.kl += sum(math.exp(p) * (p - q) for p, q in zip(guided, logprobs, strict=True) if p > NEVER)
         result.outside.append(token not in candidates)
+        result.candidates += len(candidates)
         prefix.append(token)
         if token in base.eos_token_ids:
             break
@@ -422,7 +425,6 @@ def test_samples_of_one_prompt_share_its_prefill():
 @pytest.mark.parametrize("objectives", [ONE, BOTH])
 def test_no_token_is_run_twice(objectives):
     base, models, engine = guided_setup("llama")
-    endings = len(base.eos_token_ids)
     steps = outside = 0
     for seed, prompt in enumerate(prompts(6, 1, 15, 9)):
         asked = request("r", prompt, objectives, seed=seed, candidates=3, max_tokens=20)
@@ -430,7 +432,7 @@ def test_no_token_is_run_twice(objectives):
         reference = naive(base, models, asked)
         assert done.token_ids == reference.token_ids
         assert done.base_positions == len(prompt) - 1 + len(done.token_ids)
-        scored = len(prompt) + (3 + endings) * len(done.token_ids) + sum(reference.outside[:-1])
+        scored = len(prompt) + reference.candidates + sum(reference.outside[:-1])
         used = [m for m in models if any(name in objectives for name in m.objectives)]
         assert done.value_positions == {"+".join(model.objectives): scored for model in used}
         steps, outside = steps + len(done.token_ids), outside + sum(reference.outside[:-1])
@@ -618,7 +620,7 @@ def test_steps_without_guidance_cost_no_value_pass_and_adaptive_k_narrows_it():
 
     every, steps = positions()
     assert steps == 20
-    assert positions(schedule="entropy:99") == (len(prompt), 0)
+    assert positions(schedule="entropy:99") == (len(prompt) - 1, 0)
     half, some = positions(schedule="entropy:3.2")
     assert 0 < some < steps
     assert half < every
@@ -635,7 +637,7 @@ def test_caches_do_not_grow_with_the_number_of_requests():
     ]
     engine.generate(requests[:20])
     for cache in caches:
-        rows, columns = cache.keys[0].shape[:2]
+        rows, _, columns, _ = cache.keys[0].shape
         assert (rows, columns) == (ROWS, COLUMNS)
     held = [cache.memory() for cache in caches]
     engine.generate(requests[20:])
@@ -667,7 +669,7 @@ def test_preempted_sequences_go_on_with_the_same_tokens_within_the_memory_stated
         for token in engine.step():
             if token.finish_reason:
                 done[token.request_id] = engine.take(token.request_id)
-        rows, columns = cache.keys[0].shape[:2]
+        rows, _, columns, _ = cache.keys[0].shape
         assert rows * columns <= limit
     assert len(left) > len(requests), "the test should preempt"
     for expected in free:

@@ -27,6 +27,7 @@ class _Section(BaseModel):
 
 
 Strengths = dict[str, float]
+Linears = Literal["exact", "bfloat16", "int8", "fastest"]
 
 
 class Base(_Section):
@@ -36,6 +37,9 @@ class Base(_Section):
     """`auto`: bfloat16 on a GPU, float32 on a CPU."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    linears: Linears = "exact"
+    """Linear layers of base and value model on a CPU: in the model's dtype, or nearly as exact and faster:
+    with bfloat16 or 8-bit weights. `fastest` measures which is, on this machine."""
 
 
 class Prompts(_Section):
@@ -165,6 +169,8 @@ class Resources(_Section):
     """Torch threads of a sampler actor."""
     gpus_per_actor: float = Field(0, ge=0)
     """GPUs of a sampler actor; a fraction shares one."""
+    kv_tokens: int | None = Field(None, gt=0)
+    """Tokens that each model's KV cache may hold in a sampler actor; what outgrows it waits. Default no limit."""
     reward_actors: int = Field(1, gt=0)
     """Actors that score rollouts."""
     gpus_per_reward_actor: float = Field(0, ge=0)

@@ -71,14 +71,15 @@ def _check_strengths(strengths: dict[str, float], run: RunDirectory) -> None:
 
 def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel, Engine]:
     """A run's base model, and an engine with its value model when one is needed."""
-    base = load_base(run.config.base)
+    base, linears = load_base(run.config.base), run.config.base.linears
     if not guided:
-        return base, Engine(base)
+        return base, Engine(base, linears=linears, free=True)
     if not run.done("train"):
         raise VasError("the run has no finished value model", run.location, f"vas run {run.location}")
     value = ValueModel.load(run.value, base.model.device)
     check_tokenizers(value, base.name, base.tokenizer_digest)
-    return base, Engine(base, [ValueScorer(run.config.value.name, value)])
+    scorer = ValueScorer(run.config.value.name, value, linears, free=True)
+    return base, Engine(base, [scorer], linears=linears, free=True)
 
 
 def _shaded(text: str, token: Token) -> Text:

@@ -1,39 +1,35 @@
-"""The KV cache: a row a sequence, rows kept without gaps, tokens written at any column.
+"""The KV cache: a row a sequence, rows kept without gaps, a token a column.
 
-Rows 0..n-1 are in use, so a step over all sequences reads plain slices. When a sequence
-leaves, the last row moves into its place.
+Rows 0..n-1 are in use, so a step over all sequences reads plain slices. When a sequence leaves, the
+last row moves into its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 ROWS, COLUMNS = 8, 64  # the cache grows by so many at a time
+Rows = slice | Tensor
 
 
-class SlotCache(Cache):
-    """Keys and values of many sequences, for any Hugging Face model that takes a `Cache`.
-
-    `plan` says where the next forward pass writes; `update` is what the model's attention calls.
+class KVCache:
+    """Keys and values of many sequences.
 
     limit: tokens (rows times columns) to hold at most, room for growth included; None for no limit.
     It is kept as long as `fits` is asked before a row or a column is added.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        super().__init__(layers=[])
-        self._limit = limit
-        self.keys: list[Tensor] = []  # a layer each: [rows, columns, heads, head_dim]
+    def __init__(self, device: torch.device, limit: int | None = None) -> None:
+        self.device, self._limit = device, limit
+        self.keys: list[Tensor] = []  # a layer each: [rows, heads, columns, head_dim]
         self.values: list[Tensor] = []
         self.row_of: dict[Hashable, int] = {}
         self.lengths: dict[Hashable, int] = {}
         self._owners: list[Hashable] = []
-        self._plan: tuple[Tensor, Tensor, int, bool] | None = None
+        self._shape = (0, 0)
 
     def __len__(self) -> int:
         return len(self._owners)
@@ -58,72 +54,57 @@ class SlotCache(Cache):
         if mover != owner:
             self._owners[row] = mover
             self.row_of[mover] = row
-            # all of it: a scorer's candidates lie behind the row's length and may yet be kept
-            for layer in (*self.keys, *self.values):
-                layer[row] = layer[last]
+            self._copy(last, row, self.lengths[mover])
 
-    def copy(self, source: Hashable, target: Hashable) -> None:
-        """Let `target` hold what `source` holds."""
-        width = self.lengths[target] = self.lengths[source]
-        self._grow(len(self._owners), width)
+    @torch.inference_mode()
+    def copy(self, source: Hashable, target: Hashable, length: int) -> None:
+        """Let `target`, which is empty, hold the first `length` tokens of `source`."""
+        assert length <= self.lengths[source], "only what the source holds"
+        self.lengths[target] = length
+        self.grow(length)
+        self._copy(self.row_of[source], self.row_of[target], length)
+
+    def _copy(self, source: int, target: int, length: int) -> None:
         for layer in (*self.keys, *self.values):
-            layer[self.row_of[target], :width] = layer[self.row_of[source], :width]
+            layer[target, :, :length] = layer[source, :, :length]
 
-    def move_columns(self, owners: Sequence[Hashable], sources: list[int], targets: list[int]) -> None:
-        """Within each sequence's row, copy one column over another."""
-        if not owners or not self.keys:
-            return
-        device = self.keys[0].device
-        rows = torch.tensor([self.row_of[owner] for owner in owners], device=device)
-        source, target = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
-        for layer in (*self.keys, *self.values):
-            layer[rows, target] = layer[rows, source]
+    def rows(self, owners: Sequence[Hashable]) -> Rows:
+        """The rows of some sequences, for `read` and `write`; a slice where they are the first, in order."""
+        rows = [self.row_of[owner] for owner in owners]
+        return slice(0, len(rows)) if rows == list(range(len(rows))) else torch.tensor(rows, device=self.device)
 
-    def plan(self, owners: Sequence[Hashable], columns_BT: Tensor, width: int) -> None:
-        """Say where the next pass writes: token t of owner b at `columns_BT[b, t]`; it reads `width` columns."""
-        rows = torch.tensor([self.row_of[owner] for owner in owners], device=columns_BT.device)
-        in_order = rows.tolist() == list(range(len(owners)))
-        self._plan = rows, columns_BT, width, in_order
-        self._grow(len(self._owners), width)
+    def write(self, layer: int, row_N: Tensor, column_N: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
+        """Store a layer's keys and values of N tokens at their places; `grow` comes before."""
+        for store, states_NHD in ((self.keys, key_NHD), (self.values, value_NHD)):
+            if layer == len(store):  # only now is known what a layer's states look like
+                rows, columns = self._shape
+                store.append(states_NHD.new_zeros((rows, states_NHD.shape[1], columns, states_NHD.shape[2])))
+            store[layer].transpose(1, 2)[row_N, column_N] = states_NHD
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Write a layer's new keys and values [B, H, T, D] as planned; return all [B, H, width, D]."""
-        assert self._plan is not None, "plan() comes before a forward pass"
-        rows, columns, width, in_order = self._plan
-        if layer_idx == len(self.keys):
-            for store, states in ((self.keys, key_states), (self.values, value_states)):
-                shape = (_up(len(self._owners), ROWS), _up(width, COLUMNS), states.shape[1], states.shape[3])
-                store.append(states.new_zeros(shape))
-        found = []
-        for store, states in ((self.keys, key_states), (self.values, value_states)):
-            layer = store[layer_idx]
-            layer[rows[:, None], columns] = states.transpose(1, 2)
-            here = layer[: len(rows), :width] if in_order else layer[rows, :width]
-            found.append(here.transpose(1, 2))
-        return found[0], found[1]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Models ask this for positions that we always give them ourselves."""
-        return 0
+    def read(self, layer: int, rows: Rows, width: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values: [B, heads, width, head_dim]; columns without a token hold anything finite."""
+        return self.keys[layer][rows, :, :width], self.values[layer][rows, :, :width]
 
     def memory(self) -> int:
         """Bytes held."""
         return sum(layer.nbytes for layer in (*self.keys, *self.values))
 
-    def _grow(self, rows: int, width: int) -> None:
-        """Make room for so many rows and columns."""
-        if not self.keys or (rows <= self.keys[0].shape[0] and width <= self.keys[0].shape[1]):
+    def grow(self, width: int) -> None:
+        """Make room for every sequence that has a row, and for `width` columns."""
+        rows = len(self._owners)
+        if rows <= self._shape[0] and width <= self._shape[1]:
             return
-        shape = max(_up(rows, ROWS), self.keys[0].shape[0]), max(_up(width, COLUMNS), self.keys[0].shape[1])
+        shape = max(_up(rows, ROWS), self._shape[0]), max(_up(width, COLUMNS), self._shape[1])
         if self._limit is not None and shape[0] * shape[1] > self._limit:
             # give up what an earlier, other shape left over
             shape = _up(rows, ROWS), _up(max(width, *self.lengths.values()), COLUMNS)
             assert shape[0] * shape[1] <= self._limit, "fits() comes before a row or a column more"
+        self._shape = shape
         for store in (self.keys, self.values):
             for i, layer in enumerate(store):
-                held = layer[: shape[0], : shape[1]]
-                store[i] = layer.new_zeros((*shape, *layer.shape[2:]))
-                store[i][: held.shape[0], : held.shape[1]] = held
+                held = layer[: shape[0], :, : shape[1]]
+                store[i] = layer.new_zeros((shape[0], layer.shape[1], shape[1], layer.shape[3]))
+                store[i][: held.shape[0], :, : held.shape[2]] = held
 
 
 def _up(number: int, step: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from functools import partial
@@ -11,9 +10,12 @@ import torch
 from torch import Tensor
 
 from vas import guidance
+from vas.config import Linears
+from vas.decoding.clock import Clock
 from vas.decoding.detokenizer import Detokenizer
 from vas.decoding.runner import ModelRunner
 from vas.decoding.sampler import sample, uniforms
+from vas.decoding.scheduler import Scheduler
 from vas.decoding.scorer import ScoreBatch, Scorer
 from vas.decoding.sequence import Completion, Request, SamplingParams, Sequence, Token
 from vas.errors import VasError, nearest
@@ -28,8 +30,12 @@ class Engine:
 
     max_sequences: how many are decoded at once; more wait.
     kv_tokens: tokens that the base model's KV cache may hold, counted as allocated (sequences in
-    steps of 8, times the longest one in steps of 64). When they grow out of it, the youngest
-    sequence waits, and later goes on with the tokens it would have had. None for no limit.
+    steps of 8, times the longest one in steps of 64); each value model's cache stays within the same
+    number. When they grow out of it, the youngest sequence waits, and later goes on with the tokens
+    it would have had. None for no limit.
+    prefill_tokens: how many tokens of prompts are read between two decoding steps.
+    linears: how the base model's linear layers compute on a CPU, see `linears.py`. free: use up the base
+    model's own weights instead of keeping them beside the engine's; only the engine can use it then.
     """
 
     def __init__(
@@ -38,27 +44,23 @@ class Engine:
         scorers: Many[Scorer] = (),
         max_sequences: int = 64,
         kv_tokens: int | None = None,
+        prefill_tokens: int = 2048,
+        linears: Linears = "exact",
+        free: bool = False,
     ) -> None:
-        self._base, self._scorers, self._max_sequences = base, list(scorers), max_sequences
+        self._base, self._scorers = base, list(scorers)
         self.objectives: dict[str, int] = {}
         for scorer in scorers:
             for name in scorer.objectives:
                 if name in self.objectives:
                     raise VasError(f"two value models bring the objective '{name}'", scorer.name, "name them apart")
                 self.objectives[name] = len(self.objectives)
-        model = base.model
-        self._runner = ModelRunner(
-            model.__call__,
-            model.base_model.__call__,
-            model.config.get_text_config(),
-            model.dtype,
-            model.device,
-            kv_tokens,
-        )
-        self._eos = torch.tensor(base.eos_token_ids, dtype=torch.long, device=model.device)
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._runner = ModelRunner(base.model, kv_tokens, linears, free)
+        self._scheduler = Scheduler(self._runner.cache.fits, max_sequences)
+        self._prefill_tokens = prefill_tokens
+        self._eos = torch.tensor(base.eos_token_ids, dtype=torch.long, device=base.model.device)
         self._added = 0
+        self.clock = Clock()
         self._completions: dict[str, Completion] = {}
         self._texts: dict[str, Detokenizer] = {}
 
@@ -73,7 +75,7 @@ class Engine:
                 raise VasError(f"token id {token} is outside the vocabulary", request.request_id)
         longest = len(request.prompt_token_ids) + request.sampling.max_tokens
         rooms = {self._base.name: self._base.context_length}
-        rooms |= {scorer.name: scorer.context_length for scorer in self._scorers if self._uses(request, scorer)}
+        rooms |= {scorer.name: scorer.context_length for scorer in self._scorers_of(Sequence(request, 0))}
         for model, room in rooms.items():
             if room is not None and longest > room:
                 raise VasError(
@@ -100,7 +102,7 @@ class Engine:
             raise VasError(f"request id '{request.request_id}' is in use already")
         self._completions[request.request_id] = Completion(request.request_id)
         self._texts[request.request_id] = Detokenizer(self._base.tokenizer, request.sampling.stop)
-        self._waiting.append(Sequence(request, self._added))
+        self._scheduler.waiting.append(Sequence(request, self._added))
         self._added += 1
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
@@ -140,33 +142,49 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drop a request, wherever it is; unknown ids are fine."""
-        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
-        for sequence in self._running:
-            if sequence.request.request_id == request_id:
+        sequence = self._scheduler.find(request_id)
+        if sequence is not None:
+            if sequence in self._scheduler.waiting:
+                self._scheduler.waiting.remove(sequence)
+            else:
                 self._leave(sequence)
-                break
         if request_id in self._completions:
             self.take(request_id)
 
     @property
     def busy(self) -> bool:
         """True while any request is waiting or running."""
-        return bool(self._waiting or self._running)
+        return self._scheduler.busy
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Admit what fits, then append one token to every running sequence; returns those tokens."""
-        self._preempt()
-        self._admit()
-        if not self._running:
-            return []
-        sequences = list(self._running)
-        base_BV = self._policy(sequences)
-        guided_BV = self._guide(sequences, base_BV)
+        """Admit what fits, read prompts, then append a token to every sequence that is ready; returns those tokens."""
+        with self.clock.part("overhead"):
+            self._preempt()
+            self._admit()
+            with self.clock.part("prefill"):
+                self._prefill()
+            sequences = [s for s in self._scheduler.running if s.ready]
+            return self._advance(sequences) if sequences else []
+
+    def _advance(self, sequences: list[Sequence]) -> list[Token]:
+        """Append one token to each of these."""
+        with self.clock.part("base"):
+            logits_BV = self._run_base(sequences)
+        with self.clock.part("combine"):
+            base_BV = self._policy(sequences, logits_BV)
+            guided_BV = self._guide(sequences, base_BV)
+        with self.clock.part("sample"):
+            drawn = self._draw(sequences, base_BV, guided_BV)
+        return [self._append(sequence, *each) for sequence, each in zip(sequences, drawn, strict=True)]
+
+    @staticmethod
+    def _draw(sequences: list[Sequence], base_BV: Tensor, guided_BV: Tensor) -> list[tuple[int, float, float, float]]:
+        """The next token of every sequence, its log π0 and log π, and the step's KL."""
         device = base_BV.device
         numbers = uniforms([s.request.sampling.seed for s in sequences], [len(s.response) for s in sequences])
-        greedy = torch.tensor([s.request.sampling.temperature == 0 for s in sequences], device=device)
-        chosen_B = sample(guided_BV, torch.from_numpy(numbers).to(device), greedy)
+        greedy = [s.request.sampling.temperature == 0 for s in sequences]
+        chosen_B = sample(guided_BV, torch.from_numpy(numbers).to(device), torch.tensor(greedy, device=device))
         figures = torch.stack(
             [
                 base_BV.gather(1, chosen_B[:, None]).squeeze(1),
@@ -176,55 +194,75 @@ class Engine:
                 else torch.zeros_like(base_BV[:, 0]),
             ]
         ).tolist()
-        return [
-            self._append(sequence, token, *numbers)
-            for sequence, token, *numbers in zip(sequences, chosen_B.tolist(), *figures, strict=True)
-        ]
-
-    def _admit(self) -> None:
-        """Let waiting sequences in: all but the last token goes through the models."""
-        fresh: list[Sequence] = []
-        while (
-            self._waiting
-            and len(self._running) + len(fresh) < self._max_sequences
-            and self._fits([*self._running, *fresh, self._waiting[0]])
-        ):
-            fresh.append(self._waiting.popleft())
-        if not fresh:
-            return
-        prompts = {s.request.request_id: s.token_ids for s in fresh}
-        run = self._runner.prefill(list(prompts), [tokens[:-1] for tokens in prompts.values()])
-        for request_id, positions in run.items():
-            self._completions[str(request_id)].base_positions += positions
-        for scorer in self._scorers:
-            wanted = [s.request.request_id for s in fresh if self._uses(s.request, scorer)]
-            if wanted:
-                for request_id, positions in scorer.open(wanted, [prompts[i] for i in wanted]).items():
-                    spent = self._completions[str(request_id)].value_positions
-                    spent[scorer.name] = spent.get(scorer.name, 0) + positions
-        self._running.extend(fresh)
-
-    def _fits(self, sequences: list[Sequence]) -> bool:
-        """Whether the KV cache holds these after the next step."""
-        return self._runner.cache.fits(len(sequences), max(map(len, sequences)))
+        return list(zip(chosen_B.tolist(), *figures, strict=True))
 
     def _preempt(self) -> None:
         """Send the youngest sequences back to wait, until the others have room for a step."""
-        while self._running and not self._fits(self._running):
-            youngest = max(self._running, key=lambda sequence: sequence.number)
+        while youngest := self._scheduler.overflowing():
             self._leave(youngest)
-            youngest.unscored = []  # the scorers will open it with these
-            self._waiting.appendleft(youngest)
+            youngest.restart()
+            self._scheduler.waiting.appendleft(youngest)
 
-    def _policy(self, sequences: list[Sequence]) -> Tensor:
-        """log π0 of every sequence's next token: [B, V]."""
+    def _admit(self) -> None:
+        """Let waiting sequences in, with a row in every cache they need."""
+        for sequence in self._scheduler.admit():
+            self._runner.cache.add(sequence.request.request_id)
+            for scorer in self._scorers_of(sequence):
+                scorer.open(sequence.request.request_id)
+
+    def _prefill(self) -> None:
+        """Read prompts, all but the last token, through the base model and the scorers that each needs."""
+        left = self._prefill_tokens
+        while True:
+            for sequence in self._scheduler.sharing():
+                self._share(sequence)
+            chunks = self._scheduler.prefill(left)
+            if not chunks:
+                return
+            tokens = {s: s.token_ids[s.cached : s.cached + size] for s, size in chunks}
+            self._runner.extend([s.request.request_id for s in tokens], list(tokens.values()))
+            for scorer in self._scorers:
+                wanted = [s for s in tokens if scorer in self._scorers_of(s)]
+                if wanted:
+                    scorer.extend([s.request.request_id for s in wanted], [tokens[s] for s in wanted])
+            for sequence, size in chunks:
+                sequence.cached += size
+                self._spent(sequence, size)
+                for scorer in self._scorers_of(sequence):
+                    sequence.read[scorer.name] = sequence.cached
+                    self._spent(sequence, size, scorer)
+                left -= size
+
+    def _share(self, sequence: Sequence) -> None:
+        """Copy the prefix that a sequence has in common with its source."""
+        assert sequence.source is not None
+        source, target = sequence.source.request.request_id, sequence.request.request_id
+        self._runner.cache.copy(source, target, sequence.shared)
+        for scorer in self._scorers_of(sequence):
+            scorer.share(source, target, sequence.shared)
+            sequence.read[scorer.name] = sequence.shared
+        sequence.cached, sequence.source = sequence.shared, None
+
+    def _spent(self, sequence: Sequence, positions: int, scorer: Scorer | None = None) -> None:
+        """Count positions run for a sequence, by the base model or a scorer."""
+        completion = self._completions[sequence.request.request_id]
+        if scorer is None:
+            completion.base_positions += positions
+        else:
+            spent = completion.value_positions
+            spent[scorer.name] = spent.get(scorer.name, 0) + positions
+
+    def _run_base(self, sequences: list[Sequence]) -> Tensor:
+        """The base model's logits of every sequence's next token: [B, V]."""
         owners = [s.request.request_id for s in sequences]
-        ids = torch.tensor([[s.last_token] for s in sequences], device=self._runner.device)
-        place = self._runner.lengths(owners)[:, None]
-        logits = self._runner.run(owners, ids, place, place, place).logits[:, -1]
-        for owner in owners:
-            self._runner.cache.lengths[owner] += 1
-            self._completions[owner].base_positions += 1
+        logits = self._runner.extend(owners, [[s.last_token] for s in sequences], logits=True)
+        for sequence in sequences:
+            sequence.cached += 1
+            self._spent(sequence, 1)
+        return logits
+
+    def _policy(self, sequences: list[Sequence], logits: Tensor) -> Tensor:
+        """log π0 of every sequence's next token: [B, V]."""
         knobs = [s.request.sampling for s in sequences]
         logits = self._biased(logits, knobs)
         as_tensor = partial(torch.tensor, device=logits.device)
@@ -249,7 +287,7 @@ class Engine:
 
     def _guided_now(self, sequences: list[Sequence], base_BV: Tensor) -> list[int]:
         """Rows whose schedule wants guidance at this step."""
-        guided = [b for b, sequence in enumerate(sequences) if sequence.guided]
+        guided = [b for b, sequence in enumerate(sequences) if sequence.objectives]
         thresholds = {b: sequences[b].request.guidance.entropy_threshold for b in guided}
         asked = [b for b, threshold in thresholds.items() if threshold is not None]
         if not asked:
@@ -262,10 +300,10 @@ class Engine:
         rows = self._guided_now(sequences, base_BV)
         if not rows:
             return base_BV
-        guided = [sequences[b] for b in rows]
-        policy = base_BV if len(rows) == len(sequences) else base_BV[rows]
+        every = len(rows) == len(sequences)
+        policy = base_BV if every else base_BV[rows]
         device = policy.device
-        params = [s.request.guidance for s in guided]
+        params = [sequences[b].request.guidance for b in rows]
         k = torch.tensor([p.candidates for p in params], device=device)
         masses = [p.candidate_mass for p in params]
         adaptive = torch.tensor(masses, device=device) if min(masses) < 1 else None
@@ -274,7 +312,8 @@ class Engine:
         for b, p in enumerate(params):
             for name, strength in p.objectives.items():
                 strengths[b, self.objectives[name]] = strength
-        values = self._values(guided, tokens, valid, strengths)
+        with self.clock.part("value"):
+            values = self._values(sequences, rows, tokens, valid, strengths)
         advantage = guidance.advantages(
             values,
             policy.gather(1, tokens),
@@ -283,47 +322,50 @@ class Engine:
         )
         drop = torch.tensor([p.outside == "drop" for p in params], device=device)
         result = guidance.combine(policy, tokens, valid, advantage, strengths, drop)
-        return (
-            result if len(rows) == len(sequences) else base_BV.index_copy(0, torch.tensor(rows, device=device), result)
-        )
+        return result if every else base_BV.index_copy(0, torch.tensor(rows, device=device), result)
 
-    def _values(self, sequences: list[Sequence], tokens_BK: Tensor, valid_BK: Tensor, strengths_BJ: Tensor) -> Tensor:
-        """Values of the candidates for every objective, 0 where a sequence doesn't use the scorer. [B, K, J]"""
+    def _values(
+        self, sequences: list[Sequence], rows: list[int], tokens_BK: Tensor, valid_BK: Tensor, strengths_BJ: Tensor
+    ) -> Tensor:
+        """Values of the candidates of `sequences[rows]`, 0 where a sequence doesn't use a scorer. [B, K, J]
+
+        Sequences that rest at this step ride along: what they have appended is read in the same pass.
+        """
         values = torch.zeros(*tokens_BK.shape, len(self.objectives), device=tokens_BK.device)
+        for sequence in (sequences[b] for b in rows):
+            self._completions[sequence.request.request_id].guided_steps += 1
         for scorer in self._scorers:
-            rows = [b for b, sequence in enumerate(sequences) if self._uses(sequence.request, scorer)]
-            if not rows:
+            users = [b for b, sequence in enumerate(sequences) if scorer in self._scorers_of(sequence)]
+            asking = [i for i, b in enumerate(rows) if b in users]
+            if not asking:
                 continue
-            wanted = [sequences[b] for b in rows]
             first = self.objectives[scorer.objectives[0]]
             own = slice(first, first + len(scorer.objectives))
             scored, positions = scorer.score(
                 ScoreBatch(
-                    sequences=[s.request.request_id for s in wanted],
-                    taken=[s.unscored for s in wanted],
-                    candidates_BK=tokens_BK[rows],
-                    valid_BK=valid_BK[rows],
-                    strengths_BJ=strengths_BJ[rows, own],
-                    soft_B=torch.tensor([s.request.guidance.value == "soft" for s in wanted]),
+                    sequences=[sequences[b].request.request_id for b in users],
+                    taken=[sequences[b].since(sequences[b].read.get(scorer.name, 0)) for b in users],
+                    rows=[users.index(rows[i]) for i in asking],
+                    candidates_BK=tokens_BK[asking],
+                    valid_BK=valid_BK[asking],
+                    strengths_BJ=strengths_BJ[asking, own],
+                    soft_B=torch.tensor([sequences[rows[i]].request.guidance.value == "soft" for i in asking]),
                 )
             )
-            values[rows, :, own] = scored.to(values)
-            for sequence in wanted:
-                self._completions[sequence.request.request_id].value_positions[scorer.name] += positions
-        for sequence in sequences:
-            sequence.unscored = []
-            self._completions[sequence.request.request_id].guided_steps += 1
+            values[asking, :, own] = scored.to(values)
+            for b, count in zip(users, positions, strict=True):
+                sequences[b].read[scorer.name] = len(sequences[b])
+                self._spent(sequences[b], count, scorer)
         return values
 
-    @staticmethod
-    def _uses(request: Request, scorer: Scorer) -> bool:
-        strengths = request.guidance.objectives
-        return any(strengths.get(name) for name in scorer.objectives)
+    def _scorers_of(self, sequence: Sequence) -> list[Scorer]:
+        """The scorers that a sequence's objectives need."""
+        return [scorer for scorer in self._scorers if not sequence.objectives.isdisjoint(scorer.objectives)]
 
     def _append(self, sequence: Sequence, token: int, logprob: float, guided_logprob: float, kl: float) -> Token:
         """Take the sampled token in; a finished sequence leaves at once."""
         request_id = sequence.request.request_id
-        sequence.append(token)
+        sequence.response.append(token)
         text = self._texts[request_id]
         ended = token in self._base.eos_token_ids
         fresh = text.push(token)
@@ -341,10 +383,7 @@ class Engine:
 
     def _leave(self, sequence: Sequence) -> None:
         """Free what a running sequence holds."""
-        last = self._running.pop()  # the order of the cache's rows, so that a step reads plain slices
-        if last is not sequence:
-            self._running[self._running.index(sequence)] = last
+        self._scheduler.leave(sequence)
         self._runner.cache.free(sequence.request.request_id)
-        for scorer in self._scorers:
-            if self._uses(sequence.request, scorer):
-                scorer.close(sequence.request.request_id)
+        for scorer in self._scorers_of(sequence):
+            scorer.close(sequence.request.request_id)

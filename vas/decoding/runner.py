@@ -1,123 +1,118 @@
-"""Runs tokens of many sequences through a model at given places of its KV cache."""
+"""Runs tokens of many sequences through a model, packed without padding, over its KV cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
-from vas import guidance
-from vas.decoding.cache import SlotCache
+from vas.config import Linears
+from vas.decoding import attention, linears, llama
+from vas.decoding.attention import Pass
+from vas.decoding.cache import KVCache
+from vas.decoding.llama import FusedLlama
+from vas.errors import VasError
 
-PREFILL_TOKENS = 4096  # padded tokens in one prefill pass
+
+class HuggingFace:
+    """A Hugging Face model as it is, with its attention replaced by `attention.attend`.
+
+    That leaves what the model does for others as it was. Raises VasError for a model whose attention
+    cannot be replaced. free: see `ModelRunner`.
+    """
+
+    def __init__(self, model: PreTrainedModel, kind: Linears, free: bool) -> None:
+        self._model, self._backbone = model, model.base_model
+        if not self._backbone._supports_attention_backend:
+            raise VasError(
+                f"{type(model).__name__} has an attention of its own, in which candidates cannot share a prefix",
+                model.config.name_or_path or None,
+                "take a model of another architecture, such as Llama, Qwen, Gemma, Mistral or GPT-2",
+            )
+        for part in {id(part): part for part in (self._model, self._backbone)}.values():
+            part.set_attn_implementation(attention.NAME)
+        if free:
+            linears.pack(model, kind)
+        # any mask of four dimensions keeps the model from making one; `attend` has its own
+        self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
+
+    def __call__(self, ids_N: Tensor, where: Pass, logits: bool) -> Tensor:
+        """Logits [N, V] or last hidden states [N, H]."""
+        output = (self._model if logits else self._backbone)(
+            input_ids=ids_N[None],
+            position_ids=where.column_N[None],
+            attention_mask=self._no_mask,
+            use_cache=False,
+            vas_pass=where,
+        )
+        return (output.logits if logits else output.last_hidden_state).squeeze(0)
 
 
 class ModelRunner:
-    """A transformer backbone with the KV cache of its sequences.
+    """A transformer with the KV cache of its sequences.
 
-    forward: called as a Hugging Face model is (input_ids, position_ids, attention_mask,
-    past_key_values); what it returns is handed back. prefill: the same for prompts, whose
-    outputs nobody needs. limit: tokens that the KV cache may hold.
+    model: a Hugging Face causal LM or backbone. limit: tokens that the KV cache may hold. kind: how linear
+    layers compute, see `linears.py`. free: don't keep the model's own weights beside the layers made of
+    them; it can then be used through this runner alone. Raises VasError for a model that cannot be run.
     """
 
     def __init__(
-        self,
-        forward: Callable[..., Any],
-        prefill: Callable[..., Any],
-        config: PreTrainedConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        limit: int | None = None,
+        self, model: PreTrainedModel, limit: int | None = None, kind: Linears = "exact", free: bool = False
     ) -> None:
-        self._forward, self._prefill = forward, prefill
-        self.dtype, self.device = dtype, device
-        self.cache = SlotCache(limit)
-        self._window = getattr(config, "sliding_window", None)
-        if not getattr(config, "use_sliding_window", True):
-            self._window = None
-        self._layer_types = set(getattr(config, "layer_types", None) or ())
+        self.device = model.device
+        self.cache = KVCache(model.device, limit)
+        kind = linears.settle(model, kind)
+        self._forward = (FusedLlama if llama.supports(model) else HuggingFace)(model, kind, free)
 
     @torch.inference_mode()
-    def prefill(self, owners: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
-        """Give new sequences a row each and run their tokens; equal token lists run once.
+    def extend(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]], logits: bool = False) -> Tensor:
+        """Append tokens to sequences; returns every token's output [N, ...], in the sequences' order.
 
-        Returns the positions run for each owner (0 for one that shares another's).
+        The output is the model's logits, or the backbone's last hidden state.
         """
-        first: dict[tuple[int, ...], Hashable] = {}
-        for owner, tokens in zip(owners, token_ids, strict=True):
-            self.cache.add(owner)
-            first.setdefault(tokens, owner)
-        pending = sorted(((tokens, owner) for tokens, owner in first.items() if tokens), key=lambda item: len(item[0]))
-        while pending:
-            count = max(1, PREFILL_TOKENS // len(pending[-1][0]))
-            batch, pending = pending[-count:], pending[:-count]
-            self._run_prompts([owner for _, owner in batch], [tokens for tokens, _ in batch])
-        for owner, tokens in zip(owners, token_ids, strict=True):
-            if first[tokens] != owner:
-                self.cache.copy(first[tokens], owner)
-        return {o: len(t) if first[t] == o else 0 for o, t in zip(owners, token_ids, strict=True)}
-
-    def _run_prompts(self, owners: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> None:
-        longest = max(map(len, token_ids))
-        ids = torch.zeros(len(owners), longest, dtype=torch.long, device=self.device)
-        for b, tokens in enumerate(token_ids):
-            ids[b, : len(tokens)] = torch.tensor(tokens)
-        columns = torch.arange(longest, device=self.device).expand(len(owners), -1)
-        # padding writes beyond a row's length, where later tokens overwrite it before anyone looks
-        self._pass(self._prefill, owners, ids, columns, columns, columns)
-        for owner, tokens in zip(owners, token_ids, strict=True):
-            self.cache.lengths[owner] = len(tokens)
+        return self.branch(owners, tokens, np.empty(0, int), np.empty(0, int), logits)[0]
 
     @torch.inference_mode()
-    def run(
+    def branch(
         self,
         owners: Sequence[Hashable],
-        ids_BT: Tensor,
-        columns_BT: Tensor,
-        seen_BT: Tensor,
-        positions_BT: Tensor,
-    ) -> Any:
-        """Run tokens: each is written at its column, and sees the columns before `seen_BT`, and itself."""
-        return self._pass(self._forward, owners, ids_BT, columns_BT, seen_BT, positions_BT)
+        tokens: Sequence[Sequence[int]],
+        index: np.ndarray,
+        candidates: np.ndarray,
+        logits: bool = False,
+    ) -> tuple[Tensor, Pass]:
+        """Append tokens to sequences, and try candidates for the next token of `owners[index]` without keeping them.
 
-    def lengths(self, owners: Sequence[Hashable]) -> Tensor:
-        """How many tokens each sequence has in the cache: [B]."""
-        return torch.tensor([self.cache.lengths[owner] for owner in owners], device=self.device)
+        index must not fall. Returns the outputs of the appended tokens and then the candidates, [N, ...], and
+        the pass, which has the candidates' keys and values.
+        """
+        counts = np.array([len(each) for each in tokens])
+        lengths = np.array([self.cache.lengths[owner] for owner in owners])
+        kept = int(counts.sum())
+        ids = np.concatenate([np.concatenate([np.asarray(each, dtype=int) for each in tokens]), candidates])
+        owner = np.concatenate([np.repeat(np.arange(len(owners)), counts), index])
+        within = np.arange(kept) - np.repeat(counts.cumsum() - counts, counts)
+        column = np.concatenate([lengths.repeat(counts) + within, (lengths + counts)[index]])
+        where = Pass(self.cache, owners, owner, column, kept)
+        output = self._forward(torch.from_numpy(ids).to(self.device), where, logits)
+        for each, count in zip(owners, counts.tolist(), strict=True):
+            self.cache.lengths[each] += count
+        return output, where
 
-    def _pass(
-        self,
-        forward: Callable[..., Any],
-        owners: Sequence[Hashable],
-        ids_BT: Tensor,
-        columns_BT: Tensor,
-        seen_BT: Tensor,
-        positions_BT: Tensor,
-    ) -> Any:
-        width = int(columns_BT.max()) + 1
-        self.cache.plan(owners, columns_BT, width)
-        return forward(
-            input_ids=ids_BT,
-            position_ids=positions_BT,
-            attention_mask=self._masks(columns_BT, seen_BT, positions_BT, width),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-
-    def _masks(self, columns_BT: Tensor, seen_BT: Tensor, positions_BT: Tensor, width: int) -> Any:
-        """Additive attention masks [B, 1, T, width], by layer type where layers differ."""
-        columns = torch.arange(width, device=self.device)
-        itself = columns == columns_BT[..., None]
-        full = (columns < seen_BT[..., None]) | itself
-        if self._window is None:
-            return self._additive(full)
-        # a prefix token's column is its position
-        sliding = (full & (columns > positions_BT[..., None] - self._window)) | itself
-        if self._layer_types > {"sliding_attention"}:
-            return {"full_attention": self._additive(full), "sliding_attention": self._additive(sliding)}
-        return self._additive(full if self._layer_types == {"full_attention"} else sliding)
-
-    def _additive(self, allowed_BTL: Tensor) -> Tensor:
-        return guidance.additive_mask(allowed_BTL[:, None], self.dtype)
+    def keep(self, owners: Sequence[Hashable], branches: Sequence[int], where: Pass) -> None:
+        """Append branches of an earlier pass to their sequences: `branches[i]`, by its number there, to `owners[i]`."""
+        if not owners:
+            return
+        as_tensor = partial(torch.tensor, device=self.device)
+        rows = as_tensor([self.cache.row_of[owner] for owner in owners])
+        columns = as_tensor([self.cache.lengths[owner] for owner in owners])
+        for owner in owners:
+            self.cache.lengths[owner] += 1
+        self.cache.grow(max(self.cache.lengths[owner] for owner in owners))
+        chosen = as_tensor(branches)
+        for layer, (keys, values) in enumerate(where.branches):
+            self.cache.write(layer, rows, columns, keys[chosen], values[chosen])

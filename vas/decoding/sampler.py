@@ -40,7 +40,7 @@ def sample(logprobs_BV: Tensor, uniforms_B: Tensor, greedy_B: Tensor) -> Tensor:
     """
     rows, vocab = logprobs_BV.shape
     blocks = F.pad(logprobs_BV.exp(), (0, -vocab % BLOCK)).view(rows, -1, BLOCK)
-    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    mass = blocks.sum(-1).double().cumsum(-1)
     target = uniforms_B * mass[:, -1]
     block = torch.searchsorted(mass, target[:, None], right=True)
     before = F.pad(mass, (1, 0)).gather(1, block)
@@ -50,4 +50,4 @@ def sample(logprobs_BV: Tensor, uniforms_B: Tensor, greedy_B: Tensor) -> Tensor:
     # rounding may step past the last token that has any probability: never draw an excluded one
     last = (inside < inside[:, -1:]).sum(-1, keepdim=True)
     drawn = (block * BLOCK + torch.minimum(offset, last)).squeeze(1)
-    return torch.where(greedy_B, logprobs_BV.argmax(dim=-1), drawn)
+    return torch.where(greedy_B, logprobs_BV.argmax(dim=-1), drawn) if bool(greedy_B.any()) else drawn

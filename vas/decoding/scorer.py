@@ -12,9 +12,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vas.config import Linears
+from vas.decoding.attention import Pass
 from vas.decoding.runner import ModelRunner
 from vas.models.value import ValueModel
 
@@ -24,9 +27,13 @@ class ScoreBatch:
     """One step's question to a scorer: what are these candidates worth?"""
 
     sequences: Sequence[Hashable]
+    """All sequences that can go on, also those without candidates at this step."""
     taken: list[list[int]]
-    """Tokens each sequence has appended since it was last opened or scored."""
+    """Tokens each sequence has appended since it was last extended or scored; none is empty for one with candidates."""
+    rows: list[int]
+    """Sequences that have candidates, as indices into `sequences`; rising."""
     candidates_BK: Tensor
+    """Token ids, a row for each of `rows`."""
     valid_BK: Tensor
     strengths_BJ: Tensor
     """β of this scorer's objectives, for soft values."""
@@ -35,19 +42,27 @@ class ScoreBatch:
 
 
 class Scorer(Protocol):
-    """open → score, score, … → close, for many sequences at once."""
+    """open → extend with the prompt → score, score, … → close, for many sequences at once."""
 
     name: str
     objectives: tuple[str, ...]
     context_length: int | None
     """Longest sequence it has positions for; None if it does not say."""
 
-    def open(self, sequences: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
-        """Begin sequences at their prompts; returns positions run for each."""
+    def open(self, sequence: Hashable) -> None:
+        """Begin a sequence."""
         ...
 
-    def score(self, batch: ScoreBatch) -> tuple[Tensor, int]:
-        """Values [B, K, J] in reward standard deviations, and positions run per sequence."""
+    def share(self, source: Hashable, target: Hashable, length: int) -> None:
+        """The first `length` tokens of `target`, which has read nothing yet, are those of `source`."""
+        ...
+
+    def extend(self, sequences: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> None:
+        """Read more of the sequences' prompts."""
+        ...
+
+    def score(self, batch: ScoreBatch) -> tuple[Tensor, list[int]]:
+        """Values [B, K, J] in reward standard deviations, and positions run for each of `sequences`."""
         ...
 
     def close(self, sequence: Hashable) -> None:
@@ -55,83 +70,88 @@ class Scorer(Protocol):
         ...
 
 
-class ValueScorer:
-    """A value model in this process."""
+class _InProcess:
+    """What scorers share that run a value model here: the model, and the KV of the sequences' prefixes.
 
-    def __init__(self, name: str, model: ValueModel) -> None:
+    linears, free: as the engine's, for the value model's backbone.
+    """
+
+    def __init__(self, name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> None:
         self.name = name
         self.objectives = model.objectives
+        self.context_length: int | None = getattr(model.config.backbone_config, "max_position_embeddings", None)
         self._model = model
-        backbone = model.backbone
-        self.context_length = getattr(model.config.backbone_config, "max_position_embeddings", None)
-        self._runner = ModelRunner(
-            backbone.forward, backbone.forward, model.config.backbone_config, model.dtype, model.device
-        )
-        self._offered: dict[Hashable, list[int]] = {}
-        """Last step's candidates; candidate i lies at column length + i."""
+        self._runner = ModelRunner(model.backbone, None, linears, free)
 
-    def open(self, sequences: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> dict[Hashable, int]:
-        """Run the prompts; equal ones share the work."""
-        self._offered.update((sequence, []) for sequence in sequences)
-        return self._runner.prefill(sequences, token_ids)
+    def open(self, sequence: Hashable) -> None:
+        """Give the sequence a row of the cache."""
+        self._runner.cache.add(sequence)
 
-    @torch.inference_mode()
-    def score(self, batch: ScoreBatch) -> tuple[Tensor, int]:
-        """One tree-masked pass; see the module's text."""
-        device = self._runner.device
-        missed = self._keep_taken(batch)
-        candidates = batch.candidates_BK.to(device)
-        rows, k = candidates.shape
-        before = max(map(len, missed))
-        length = self._runner.lengths(batch.sequences)
-        missed_count = torch.tensor([len(tokens) for tokens in missed], device=device)
-        start = length + missed_count
+    def share(self, source: Hashable, target: Hashable, length: int) -> None:
+        """Copy the KV of a common prefix."""
+        self._runner.cache.copy(source, target, length)
 
-        # Each row: the tokens it missed (sampled from outside the candidates), then its candidates.
-        # A row that missed fewer fills up with padding written behind its candidates.
-        ids = torch.zeros(rows, before, dtype=torch.long, device=device)
-        for b, tokens in enumerate(missed):
-            ids[b, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        place = torch.arange(before, device=device).expand(rows, -1)
-        behind = (start + k)[:, None] + place
-        missed_columns = torch.where(place < missed_count[:, None], length[:, None] + place, behind)
-        columns = torch.cat([missed_columns, start[:, None] + torch.arange(k, device=device)], dim=1)
-        seen = torch.cat([missed_columns.clamp(max=start[:, None]), start[:, None].expand(-1, k)], dim=1)
-        output = self._runner.run(batch.sequences, torch.cat([ids, candidates], dim=1), columns, seen, seen)
-
-        for b, sequence in enumerate(batch.sequences):
-            self._runner.cache.lengths[sequence] += len(missed[b])
-            self._offered[sequence] = batch.candidates_BK[b].tolist()
-        values = self._values(output.last_hidden_state[:, before:], batch)
-        return values, before + k
-
-    def _keep_taken(self, batch: ScoreBatch) -> list[list[int]]:
-        """Move each taken candidate's KV behind its prefix; return the tokens that were not candidates."""
-        movers, sources, targets, missed = [], [], [], []
-        cache = self._runner.cache
-        for sequence, taken in zip(batch.sequences, batch.taken, strict=True):
-            offered = self._offered[sequence]
-            if taken and taken[0] in offered:
-                length = cache.lengths[sequence]
-                movers.append(sequence)
-                sources.append(length + offered.index(taken[0]))
-                targets.append(length)
-                cache.lengths[sequence] = length + 1
-                taken = taken[1:]
-            missed.append(taken)
-        cache.move_columns(movers, sources, targets)
-        return missed
-
-    def _values(self, hidden_BKH: Tensor, batch: ScoreBatch) -> Tensor:
-        outputs = self._model.outputs(hidden_BKH)
-        values = self._model.values(outputs)
-        if bool(batch.soft_B.any()):
-            strengths = batch.strengths_BJ.to(values.device)[:, None, :].expand_as(values)
-            soft = self._model.values(outputs, strengths)
-            values = torch.where(batch.soft_B.to(values.device)[:, None, None], soft, values)
-        return values
+    def extend(self, sequences: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> None:
+        """Run these tokens for their KV."""
+        self._runner.extend(sequences, token_ids)
 
     def close(self, sequence: Hashable) -> None:
         """Free the sequence's KV."""
         self._runner.cache.free(sequence)
-        del self._offered[sequence]
+
+    def _values(self, outputs: list[Tensor], batch: ScoreBatch, row_N: Tensor) -> Tensor:
+        """Values [N, J] of the heads' outputs, expected or soft as the row of each asks."""
+        values = self._model.values(outputs)
+        if bool(batch.soft_B.any()):
+            soft = self._model.values(outputs, batch.strengths_BJ.to(values.device)[row_N])
+            values = torch.where(batch.soft_B.to(values.device)[row_N, None], soft, values)
+        return values
+
+
+class ValueScorer(_InProcess):
+    """A value model in this process, run on every candidate."""
+
+    def __init__(self, name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> None:
+        super().__init__(name, model, linears, free)
+        self._offered: dict[Hashable, dict[int, int]] = {}
+        """Last pass's candidates of each sequence: token → its number among the branches of `_last`."""
+        self._last: Pass | None = None
+
+    @torch.inference_mode()
+    def score(self, batch: ScoreBatch) -> tuple[Tensor, list[int]]:
+        """One tree-masked pass; see the module's text."""
+        missed = self._keep_taken(batch)
+        valid = batch.valid_BK.cpu().numpy()
+        tokens = batch.candidates_BK.cpu().numpy()
+        row, place = valid.nonzero()
+        index = np.array(batch.rows)[row]
+        output, self._last = self._runner.branch(batch.sequences, missed, index, tokens[row, place])
+        for number, (sequence, token) in enumerate(zip(index.tolist(), tokens[row, place].tolist(), strict=True)):
+            self._offered.setdefault(batch.sequences[sequence], {})[token] = number
+
+        hidden_NH = output[len(output) - len(row) :]
+        row_N, place_N = (torch.from_numpy(each).to(hidden_NH.device) for each in (row, place))
+        values = hidden_NH.new_zeros(*valid.shape, len(self.objectives), dtype=torch.float32)
+        values[row_N, place_N] = self._values(self._model.outputs(hidden_NH), batch, row_N)
+        run = np.bincount(index, minlength=len(batch.sequences)) + [len(each) for each in missed]
+        return values, run.tolist()
+
+    def _keep_taken(self, batch: ScoreBatch) -> list[list[int]]:
+        """Keep the KV of each candidate that was taken; returns the tokens that were no candidates."""
+        owners, branches, missed = [], [], []
+        for sequence, taken in zip(batch.sequences, batch.taken, strict=True):
+            offered = self._offered.get(sequence, {})
+            if taken and taken[0] in offered:
+                owners.append(sequence)
+                branches.append(offered[taken[0]])
+                taken = taken[1:]
+            missed.append(taken)
+        if self._last is not None:
+            self._runner.keep(owners, branches, self._last)
+        self._offered.clear()
+        return missed
+
+    def close(self, sequence: Hashable) -> None:
+        """Free the sequence's KV."""
+        super().close(sequence)
+        self._offered.pop(sequence, None)

@@ -145,7 +145,7 @@ class Completion:
         self.finish_reason = token.finish_reason or ""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A request under way. Its last token is not in the KV cache yet: the next step runs it."""
 
@@ -153,8 +153,14 @@ class Sequence:
     number: int
     """How many requests came before it."""
     response: list[int] = field(default_factory=list)
-    unscored: list[int] = field(default_factory=list)
-    """Tokens appended since the scorers last saw the sequence."""
+    cached: int = 0
+    """Tokens in the base model's KV cache."""
+    read: dict[str, int] = field(default_factory=dict)
+    """Tokens that each scorer has read, by its name."""
+    source: Sequence | None = None
+    """A running sequence whose KV it will copy before it reads the rest of its prompt."""
+    shared: int = 0
+    """How many tokens of it."""
 
     def __len__(self) -> int:
         return len(self.request.prompt_token_ids) + len(self.response)
@@ -164,15 +170,31 @@ class Sequence:
         """Prompt and response so far."""
         return (*self.request.prompt_token_ids, *self.response)
 
+    def since(self, start: int) -> list[int]:
+        """Its tokens from place `start` on."""
+        prompt = self.request.prompt_token_ids
+        return [*prompt[start:], *self.response[max(0, start - len(prompt)) :]]
+
     @property
     def last_token(self) -> int:
         return self.response[-1] if self.response else self.request.prompt_token_ids[-1]
 
     @property
-    def guided(self) -> bool:
-        return self.request.guidance.active()
+    def unread(self) -> int:
+        """Tokens to prefill: all that are not cached, but the last."""
+        return len(self) - 1 - self.cached
 
-    def append(self, token: int) -> None:
-        """Take in the sampled token."""
-        self.response.append(token)
-        self.unscored.append(token)
+    @property
+    def ready(self) -> bool:
+        """Whether the next step can append a token."""
+        return self.unread == 0
+
+    @property
+    def objectives(self) -> frozenset[str]:
+        """Objectives with a strength other than 0."""
+        return frozenset(name for name, strength in self.request.guidance.objectives.items() if strength)
+
+    def restart(self) -> None:
+        """Forget what the caches held."""
+        self.cached, self.source, self.shared = 0, None, 0
+        self.read.clear()

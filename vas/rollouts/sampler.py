@@ -47,8 +47,15 @@ class Sampler:
         if self._value is not None:
             model = ValueModel.load(self._value, self._base.model.device)
             check_tokenizers(model, self._base.name, self._base.tokenizer_digest)
-            scorers.append(ValueScorer(self._config.value.name, model))
-        return Engine(self._base, scorers, max_sequences=self._config.rollouts.batch_size)
+            scorers.append(ValueScorer(self._config.value.name, model, self._config.base.linears, free=True))
+        return Engine(
+            self._base,
+            scorers,
+            max_sequences=self._config.rollouts.batch_size,
+            kv_tokens=self._config.resources.kv_tokens,
+            linears=self._config.base.linears,
+            free=True,
+        )
 
     def __call__(self, jobs: pa.Table) -> pa.Table:
         """Sample every response of the jobs; rows without rewards, in the jobs' order."""

@@ -1,0 +1,130 @@
+"""Matrix products for decoding: the same numbers sooner, or nearly the same ones much sooner.
+
+torch hands a float32 product to one library whatever its shape. Decoding multiplies a few rows with
+large weights, again and again. There a weight that was reordered once for the processor's vector
+units (oneDNN's blocked layout) is read about twice as fast.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vas.config import Linears
+from vas.decoding import switches
+
+ROWS = (1, 8, 32)  # of a decoding step, by which `fastest` judges
+TIMED_LAYERS = 28
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with its weight in oneDNN's layout, computed in float32 or bfloat16.
+
+    It takes and returns the same dtype, whatever it computes in.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
+        self._bias = None if bias is None else bias.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        y = torch.ops.mkldnn._linear_pointwise(x.to(self._dtype), self._weight, self._bias, "none", [], "")
+        return y.to(x.dtype)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with its weight rounded to 8 bits, each output's by a scale of its own."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
+        self._weight = (weight / scale[:, None]).round().to(torch.int8)
+        self._scale, self._bias = scale.bfloat16(), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        y = torch._weight_int8pack_mm(rows, self._weight, self._scale).to(x.dtype)
+        return (y if self._bias is None else y + self._bias).view(*x.shape[:-1], -1)
+
+
+class PlainLinear(nn.Module):
+    """torch's own linear layer, over a weight that others may hold too."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._weight, self._bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return F.linear(x, self._weight, self._bias)
+
+
+_KINDS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {
+    "exact": lambda weight, bias: PackedLinear(weight, bias, weight.dtype),
+    "bfloat16": lambda weight, bias: PackedLinear(weight, bias, torch.bfloat16),
+    "int8": Int8Linear,
+}
+
+
+def make(weight: Tensor, bias: Tensor | None, kind: Linears) -> nn.Module:
+    """The linear layer x·weightᵀ + bias for decoding; torch's own on a GPU, or in a dtype without kernels."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if not _packable(weight) or switches.off("packed_linears"):
+        return PlainLinear(weight, bias)
+    return _KINDS[kind](weight, bias)
+
+
+def pack(model: nn.Module, kind: Linears) -> None:
+    """Replace all linear layers of a model, in place. It can then neither be trained nor saved."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and _packable(child.weight):
+                setattr(parent, name, make(child.weight, child.bias, kind))
+
+
+def settle(model: nn.Module, kind: Linears) -> Linears:
+    """What `fastest` means for this model on this machine: measured, not guessed. Other kinds stay what they are.
+
+    Times the first layers, enough of them to overflow a processor's cache, at several numbers of rows,
+    and compares the geometric means.
+    """
+    if kind != "fastest":
+        return kind
+    every: Iterator[Tensor] = (m.weight for m in model.modules() if type(m) is nn.Linear and _packable(m.weight))
+    weights = list(itertools.islice(every, TIMED_LAYERS))
+    if not weights:
+        return "exact"
+    times = {name: _seconds([make_(w.detach(), None) for w in weights], weights) for name, make_ in _KINDS.items()}
+    return cast(Linears, min(times, key=lambda name: times[name]))
+
+
+@torch.inference_mode()
+def _seconds(layers: list[nn.Module], weights: list[Tensor]) -> float:
+    """Geometric mean, over the numbers of rows, of the best of a few passes over the layers."""
+    product = 1.0
+    for rows in ROWS:
+        inputs = [torch.randn(rows, weight.shape[1], dtype=weight.dtype) for weight in weights]
+        best = math.inf
+        for _ in range(4):
+            started = time.perf_counter()
+            for layer, x in zip(layers, inputs, strict=True):
+                layer(x)
+            best = min(best, time.perf_counter() - started)
+        product *= best
+    return product ** (1 / len(ROWS))
+
+
+def _packable(weight: Tensor) -> bool:
+    kernels = torch.backends.mkldnn.is_available()
+    return kernels and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)

@@ -1,0 +1,110 @@
+"""Which sequences run: who joins, who has to wait, whose prompt is read next.
+
+`running` is in the order of the KV cache's rows, so that a step over all of them reads plain slices.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+
+from vas.decoding import switches
+from vas.decoding.sequence import Sequence
+
+
+class Scheduler:
+    """The waiting and the running sequences.
+
+    fits: whether so many sequences of up to so many tokens have room. max_sequences: how many run at once.
+    """
+
+    def __init__(self, fits: Callable[[int, int], bool], max_sequences: int) -> None:
+        self._has_room, self._max_sequences = fits, max_sequences
+        self._sharing = not switches.off("shared_prefixes")
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    @property
+    def busy(self) -> bool:
+        """True while any sequence is waiting or running."""
+        return bool(self.waiting or self.running)
+
+    def find(self, request_id: str) -> Sequence | None:
+        """The sequence of a request, waiting or running."""
+        return next((s for s in (*self.waiting, *self.running) if s.request.request_id == request_id), None)
+
+    def overflowing(self) -> Sequence | None:
+        """The youngest sequence, if the running ones have no room for a step more."""
+        if self.running and not self._fits(self.running):
+            return max(self.running, key=lambda sequence: sequence.number)
+        return None
+
+    def admit(self) -> list[Sequence]:
+        """Let in waiting sequences for which there are places and room; returns them."""
+        fresh = len(self.running)
+        while self.waiting and len(self.running) < self._max_sequences and self._fits([*self.running, self.waiting[0]]):
+            sequence = self.waiting.popleft()
+            if self._sharing:
+                sequence.source, sequence.shared = _best_source(sequence, self.running)
+            self.running.append(sequence)
+        return self.running[fresh:]
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take a running sequence out; the last one moves into its place, as in the cache."""
+        last = self.running.pop()
+        if last is not sequence:
+            self.running[self.running.index(sequence)] = last
+        for other in self.running:
+            if other.source is sequence:
+                other.source = None
+
+    def prefill(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Which sequences read how much of their prompts in one pass, within a budget of tokens.
+
+        Oldest first, as many as fit when all are padded to the longest. A sequence that shares a
+        prefix waits until its source holds it.
+        """
+        chunks: list[tuple[Sequence, int]] = []
+        longest = 0
+        for sequence in sorted(self.running, key=lambda s: s.number):
+            if sequence.ready or sequence.source is not None:
+                continue
+            size = min(sequence.unread, budget)
+            longest = max(longest, size)
+            if longest * (len(chunks) + 1) > budget or size == 0:
+                break
+            chunks.append((sequence, size))
+        return chunks
+
+    def sharing(self) -> list[Sequence]:
+        """Sequences whose source now holds the prefix they share."""
+        return [s for s in self.running if s.source is not None and s.source.cached >= s.shared]
+
+    def _fits(self, sequences: Many[Sequence]) -> bool:
+        """Whether the KV cache holds these after the next step."""
+        return self._has_room(len(sequences), max(map(len, sequences)))
+
+
+def _best_source(sequence: Sequence, running: Many[Sequence]) -> tuple[Sequence | None, int]:
+    """The running sequence whose prompt begins as `sequence` does for longest, and how long."""
+    tokens = sequence.token_ids[:-1]  # the last one always runs: its output is wanted
+    best, most = None, 0
+    for other in running:
+        if sequence.objectives <= other.objectives:  # every value model that one needs has read the other
+            shared = _common_prefix(tokens, other.request.prompt_token_ids[:-1])
+            if shared > most:
+                best, most = other, shared
+    return best, most
+
+
+def _common_prefix(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many tokens two sequences have in common at the beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

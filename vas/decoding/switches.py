@@ -1,0 +1,23 @@
+"""Switches that turn one optimisation off, to see what it brings: VAS_OFF=name,name."""
+
+from __future__ import annotations
+
+import os
+
+from vas.errors import VasError, nearest
+
+NAMES = {
+    "packed_linears": "linear layers in the layout of this CPU's kernels (else torch's own)",
+    "fused_llama": "a leaner forward pass for models of the Llama family (else Hugging Face's)",
+    "shared_prefixes": "prompts that begin alike are read once",
+}
+
+
+def off(name: str) -> bool:
+    """Whether an optimisation is switched off. Raises VasError if the variable names one that is not there."""
+    assert name in NAMES
+    chosen = [each.strip() for each in os.environ.get("VAS_OFF", "").split(",") if each.strip()]
+    for each in chosen:
+        if each not in NAMES:
+            raise VasError(f"no optimisation is called '{each}'", "VAS_OFF", nearest(each, list(NAMES)))
+    return name in chosen
