@@ -126,7 +126,7 @@ class Train(_Section):
     """DeepSpeed JSON, merged over ours (`{"zero_optimization": {"stage": 2}}`)."""
 
 
-SCHEDULE = r"token|entropy:\d+(\.\d+)?"
+SCHEDULE = r"token|entropy:\d+(\.\d+)?|block:[1-9]\d*"
 
 
 class Evaluation(_Section):
@@ -147,7 +147,8 @@ class Evaluation(_Section):
     candidate_mass: float = Field(1.0, gt=0, le=1)
     """Adaptive k: stop taking candidates once they have this base probability together; 1 takes all k."""
     schedule: str = Field("token", pattern=f"^({SCHEDULE})$")
-    """Steps that are guided: `token`, every one; `entropy:h`, those where the base's entropy exceeds h nats."""
+    """Steps that are guided: `token`, every one; `entropy:h`, those where the base's entropy exceeds h nats;
+    `block:b`, once in b tokens, a choice between `candidates` continuations of that length."""
     bootstrap: int = Field(2000, gt=0)
     """Resamples for the 95 % intervals."""
     samples_shown: int = Field(8, ge=0)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vas.decoding.engine import Engine
-from vas.decoding.scorer import ValueScorer
+from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams, Token
 from vas.errors import VasError, nearest
 from vas.models.base import BaseModel, encode_prompt, load_base, quieten
@@ -78,7 +78,7 @@ def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel, Engine]:
         raise VasError("the run has no finished value model", run.location, f"vas run {run.location}")
     value = ValueModel.load(run.value, base.model.device)
     check_tokenizers(value, base.name, base.tokenizer_digest)
-    scorer = ValueScorer(run.config.value.name, value, linears, free=True)
+    scorer = make_scorer(run.config.value.name, value, linears, free=True)
     return base, Engine(base, [scorer], linears=linears, free=True)
 
 

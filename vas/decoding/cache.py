@@ -58,7 +58,7 @@ class KVCache:
 
     @torch.inference_mode()
     def copy(self, source: Hashable, target: Hashable, length: int) -> None:
-        """Let `target`, which is empty, hold the first `length` tokens of `source`."""
+        """Let `target` hold the first `length` tokens of `source`, and nothing else."""
         assert length <= self.lengths[source], "only what the source holds"
         self.lengths[target] = length
         self.grow(length)

@@ -84,11 +84,13 @@ class ModelRunner:
         index: np.ndarray,
         candidates: np.ndarray,
         logits: bool = False,
+        places: np.ndarray | None = None,
     ) -> tuple[Tensor, Pass]:
         """Append tokens to sequences, and try candidates for the next token of `owners[index]` without keeping them.
 
-        index must not fall. Returns the outputs of the appended tokens and then the candidates, [N, ...], and
-        the pass, which has the candidates' keys and values.
+        index must not fall. places: try the candidates at these places of their sequences instead, seeing what
+        comes before. Returns the outputs of the appended tokens and then the candidates, [N, ...], and the
+        pass, which has the candidates' keys and values.
         """
         counts = np.array([len(each) for each in tokens])
         lengths = np.array([self.cache.lengths[owner] for owner in owners])
@@ -96,7 +98,8 @@ class ModelRunner:
         ids = np.concatenate([np.concatenate([np.asarray(each, dtype=int) for each in tokens]), candidates])
         owner = np.concatenate([np.repeat(np.arange(len(owners)), counts), index])
         within = np.arange(kept) - np.repeat(counts.cumsum() - counts, counts)
-        column = np.concatenate([lengths.repeat(counts) + within, (lengths + counts)[index]])
+        places = (lengths + counts)[index] if places is None else places
+        column = np.concatenate([lengths.repeat(counts) + within, places])
         where = Pass(self.cache, owners, owner, column, kept)
         output = self._forward(torch.from_numpy(ids).to(self.device), where, logits)
         for each, count in zip(owners, counts.tolist(), strict=True):

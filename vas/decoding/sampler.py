@@ -1,18 +1,67 @@
-"""Counter-based sampling: the random number of position t of a request is a function of (seed, t).
+"""log π0 as each request wants it, and drawing tokens from log π.
 
-So a request gives the same tokens alone or in a crowd, and before or after a replica died.
+Sampling is counter-based: the random number of position t of a request is a function of (seed, t). So
+a request gives the same tokens alone or in a crowd, and before or after a replica died.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vas import guidance
+from vas.decoding.sequence import Drawn, SamplingParams, Sequence
+
 BLOCK = 256
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def policy(logits_BV: Tensor, knobs: Many[SamplingParams]) -> Tensor:
+    """log π0 of the next tokens [B, V]: each row with its own bias, temperature and truncation."""
+    biased = [(b, *item) for b, k in enumerate(knobs) for item in k.logit_bias.items()]
+    as_tensor = partial(torch.tensor, device=logits_BV.device)
+    if biased:
+        rows, tokens, amounts = zip(*biased, strict=True)
+        at = as_tensor(rows), as_tensor(tokens)
+        logits_BV = logits_BV.float().index_put(at, as_tensor(amounts), accumulate=True)
+    return guidance.policy_logprobs(
+        logits_BV,
+        as_tensor([float(k.temperature) for k in knobs]),
+        as_tensor([k.top_k for k in knobs]),
+        as_tensor([float(k.top_p) for k in knobs]),
+        as_tensor([float(k.min_p) for k in knobs]),
+    )
+
+
+def draw(sequences: Many[Sequence], base_BV: Tensor, guided_BV: Tensor) -> list[Drawn]:
+    """The next token of every sequence, with its log π0 and log π, and the step's KL."""
+    device, knobs = base_BV.device, [s.request.sampling for s in sequences]
+    numbers = uniforms([fork(s.request.sampling.seed, s.fork) for s in sequences], [len(s.response) for s in sequences])
+    # continuations of a greedy request are sampled all the same, and the best of them is taken
+    greedy = torch.tensor([k.temperature == 0 and s.block is None for k, s in zip(knobs, sequences, strict=True)])
+    chosen_B = sample(guided_BV, torch.from_numpy(numbers).to(device), greedy.to(device))
+    guided = guided_BV is not base_BV
+    kl_B = guidance.kl_divergence(guided_BV, base_BV) if guided else torch.zeros_like(base_BV[:, 0])
+    taken = [each.gather(1, chosen_B[:, None]).squeeze(1) for each in (base_BV, guided_BV)]
+    figures = torch.stack([*taken, kl_B]).tolist()
+    top = _likeliest(base_BV, guided_BV, [k.logprobs for k in knobs])
+    return [Drawn(*each) for each in zip(chosen_B.tolist(), *figures, top, strict=True)]
+
+
+def _likeliest(base_BV: Tensor, guided_BV: Tensor, counts: list[int]) -> list[tuple[tuple[int, float, float], ...]]:
+    """For each row so many of the likeliest tokens under π, each with its log π0 and log π."""
+    most = min(max(counts), base_BV.shape[1])
+    if not most:
+        return [()] * len(counts)
+    top = guided_BV.topk(most, dim=-1)
+    columns = top.indices.tolist(), base_BV.gather(1, top.indices).tolist(), top.values.tolist()
+    return [tuple(zip(*row, strict=True))[:count] for *row, count in zip(*columns, counts, strict=True)]
 
 
 def uniforms(seeds: list[int], positions: list[int]) -> np.ndarray:
@@ -24,6 +73,15 @@ def uniforms(seeds: list[int], positions: list[int]) -> np.ndarray:
         state = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64) + _GAMMA)
         bits = _mix(state + (np.array(positions, dtype=np.uint64) + np.uint64(1)) * _GAMMA)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def fork(seed: int, number: int) -> int:
+    """A seed for the `number`-th of several continuations of one request; the 0th goes on with the request's own."""
+    if number == 0:
+        return seed
+    with np.errstate(over="ignore"):
+        state = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) ^ _GAMMA)
+        return int(_mix(state + np.array([number & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64) * _GAMMA)[0])
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

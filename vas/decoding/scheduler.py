@@ -31,13 +31,14 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def find(self, request_id: str) -> Sequence | None:
-        """The sequence of a request, waiting or running."""
-        return next((s for s in (*self.waiting, *self.running) if s.request.request_id == request_id), None)
+        """The sequence of a request, waiting or running; of several continuations the first."""
+        every = (*self.waiting, *self.running)
+        return next((s for s in every if s.request.request_id == request_id and s.fork == 0), None)
 
     def overflowing(self) -> Sequence | None:
         """The youngest sequence, if the running ones have no room for a step more."""
         if self.running and not self._fits(self.running):
-            return max(self.running, key=lambda sequence: sequence.number)
+            return max((s for s in self.running if s.fork == 0), key=lambda sequence: sequence.number)
         return None
 
     def admit(self) -> list[Sequence]:
@@ -68,7 +69,7 @@ class Scheduler:
         chunks: list[tuple[Sequence, int]] = []
         longest = 0
         for sequence in sorted(self.running, key=lambda s: s.number):
-            if sequence.ready or sequence.source is not None:
+            if not sequence.unread or sequence.source is not None:
                 continue
             size = min(sequence.unread, budget)
             longest = max(longest, size)
@@ -83,7 +84,7 @@ class Scheduler:
 
     def _fits(self, sequences: Many[Sequence]) -> bool:
         """Whether the KV cache holds these after the next step."""
-        return self._has_room(len(sequences), max(map(len, sequences)))
+        return self._has_room(sum(s.rows for s in sequences), max(map(len, sequences)))
 
 
 def _best_source(sequence: Sequence, running: Many[Sequence]) -> tuple[Sequence | None, int]:
@@ -91,7 +92,9 @@ def _best_source(sequence: Sequence, running: Many[Sequence]) -> tuple[Sequence 
     tokens = sequence.token_ids[:-1]  # the last one always runs: its output is wanted
     best, most = None, 0
     for other in running:
-        if sequence.objectives <= other.objectives:  # every value model that one needs has read the other
+        if (
+            sequence.request.guidance.active <= other.request.guidance.active
+        ):  # every value model that one needs has read the other
             shared = _common_prefix(tokens, other.request.prompt_token_ids[:-1])
             if shared > most:
                 best, most = other, shared

@@ -3,7 +3,7 @@
 `ValueScorer` runs a value model in this process: all candidates of all sequences in one
 pass. They share the prefix's KV cache, see the prefix and themselves but not each other,
 and have the same position. The chosen candidate's KV stays as the next prefix, so no
-token is ever run twice.
+token is ever run twice. `VocabScorer` is for value models that score all tokens from the parent state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ScoreBatch:
 
     sequences: Sequence[Hashable]
     """All sequences that can go on, also those without candidates at this step."""
-    taken: list[list[int]]
+    taken: list[tuple[int, ...]]
     """Tokens each sequence has appended since it was last extended or scored; none is empty for one with candidates."""
     rows: list[int]
     """Sequences that have candidates, as indices into `sequences`; rising."""
@@ -48,13 +48,20 @@ class Scorer(Protocol):
     objectives: tuple[str, ...]
     context_length: int | None
     """Longest sequence it has positions for; None if it does not say."""
+    relative: bool
+    """Whether values can only be compared among next tokens of one state."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV that it holds here."""
+        ...
 
     def open(self, sequence: Hashable) -> None:
         """Begin a sequence."""
         ...
 
     def share(self, source: Hashable, target: Hashable, length: int) -> None:
-        """The first `length` tokens of `target`, which has read nothing yet, are those of `source`."""
+        """The first `length` tokens of `target` are those of `source`; it forgets what it held before."""
         ...
 
     def extend(self, sequences: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> None:
@@ -76,12 +83,19 @@ class _InProcess:
     linears, free: as the engine's, for the value model's backbone.
     """
 
+    relative = False
+
     def __init__(self, name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> None:
         self.name = name
         self.objectives = model.objectives
         self.context_length: int | None = getattr(model.config.backbone_config, "max_position_embeddings", None)
         self._model = model
         self._runner = ModelRunner(model.backbone, None, linears, free)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV held."""
+        return self._runner.cache.memory()
 
     def open(self, sequence: Hashable) -> None:
         """Give the sequence a row of the cache."""
@@ -98,14 +112,6 @@ class _InProcess:
     def close(self, sequence: Hashable) -> None:
         """Free the sequence's KV."""
         self._runner.cache.free(sequence)
-
-    def _values(self, outputs: list[Tensor], batch: ScoreBatch, row_N: Tensor) -> Tensor:
-        """Values [N, J] of the heads' outputs, expected or soft as the row of each asks."""
-        values = self._model.values(outputs)
-        if bool(batch.soft_B.any()):
-            soft = self._model.values(outputs, batch.strengths_BJ.to(values.device)[row_N])
-            values = torch.where(batch.soft_B.to(values.device)[row_N, None], soft, values)
-        return values
 
 
 class ValueScorer(_InProcess):
@@ -136,7 +142,15 @@ class ValueScorer(_InProcess):
         run = np.bincount(index, minlength=len(batch.sequences)) + [len(each) for each in missed]
         return values, run.tolist()
 
-    def _keep_taken(self, batch: ScoreBatch) -> list[list[int]]:
+    def _values(self, outputs: list[Tensor], batch: ScoreBatch, row_N: Tensor) -> Tensor:
+        """Values [N, J] of the heads' outputs, expected or soft as the row of each asks."""
+        values = self._model.values(outputs)
+        if bool(batch.soft_B.any()):
+            soft = self._model.values(outputs, batch.strengths_BJ.to(values.device)[row_N])
+            values = torch.where(batch.soft_B.to(values.device)[row_N, None], soft, values)
+        return values
+
+    def _keep_taken(self, batch: ScoreBatch) -> list[tuple[int, ...]]:
         """Keep the KV of each candidate that was taken; returns the tokens that were no candidates."""
         owners, branches, missed = [], [], []
         for sequence, taken in zip(batch.sequences, batch.taken, strict=True):
@@ -151,7 +165,32 @@ class ValueScorer(_InProcess):
         self._offered.clear()
         return missed
 
+    def share(self, source: Hashable, target: Hashable, length: int) -> None:
+        """Copy the KV of a common prefix."""
+        super().share(source, target, length)
+        self._offered.pop(target, None)
+
     def close(self, sequence: Hashable) -> None:
         """Free the sequence's KV."""
         super().close(sequence)
         self._offered.pop(sequence, None)
+
+
+class VocabScorer(_InProcess):
+    """A value model with vocab heads in this process: a step runs the taken token alone, whatever k is."""
+
+    relative = True
+
+    @torch.inference_mode()
+    def score(self, batch: ScoreBatch) -> tuple[Tensor, list[int]]:
+        """One pass over the taken tokens; candidates are looked up in its last states."""
+        output_NH = self._runner.extend(batch.sequences, batch.taken)
+        counts = [len(taken) for taken in batch.taken]
+        last = (np.cumsum(counts) - 1)[batch.rows]
+        outputs = self._model.outputs(output_NH[torch.from_numpy(last).to(output_NH.device)])
+        return self._model.next_values(outputs, batch.candidates_BK.to(output_NH.device)), counts
+
+
+def make_scorer(name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> Scorer:
+    """The scorer that a value model's heads need; see `ModelRunner` for linears and free."""
+    return (VocabScorer if model.scores_vocabulary else ValueScorer)(name, model, linears, free)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from vas import config
+from vas.decoding.detokenizer import Detokenizer
 from vas.errors import VasError
+
+if TYPE_CHECKING:
+    from vas.decoding.blocks import Block
+
+
+MOST_LOGPROBS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,8 @@ class SamplingParams:
     seed: int = 0
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Token id → what is added to its logit, before temperature and truncation."""
+    logprobs: int = 0
+    """How many of the likeliest tokens to report beside each sampled one."""
 
     @classmethod
     def of(cls, sampling: config.Sampling, seed: int) -> SamplingParams:
@@ -37,6 +47,7 @@ class SamplingParams:
             "top_k": self.top_k >= 0,
             "min_p": 0 <= self.min_p < 1,
             "max_tokens": self.max_tokens > 0,
+            "logprobs": 0 <= self.logprobs <= MOST_LOGPROBS,
             "logit_bias": all(map(math.isfinite, self.logit_bias.values())),
             "stop": all(self.stop),  # an empty string would stop before the first token
         }.items():
@@ -57,7 +68,8 @@ class GuidanceParams:
     candidate_mass: float = 1.0
     """Adaptive k: no more candidates once those taken have this probability under π0; 1 takes all k."""
     schedule: str = "token"
-    """Which steps are guided: `token`, all; `entropy:h`, those where π0's entropy exceeds h nats."""
+    """Which steps are guided: `token`, all; `entropy:h`, those where π0's entropy exceeds h nats; `block:b`, a
+    choice between as many continuations of b tokens as there are `candidates`."""
 
     @classmethod
     def of(cls, evaluation: config.Evaluation, strengths: config.Strengths) -> GuidanceParams:
@@ -74,7 +86,7 @@ class GuidanceParams:
         if not 0 < self.candidate_mass <= 1:
             raise VasError(f"candidate_mass is out of its range: {self.candidate_mass}", mend="give 0 < mass <= 1")
         if not re.fullmatch(config.SCHEDULE, self.schedule):
-            raise VasError(f"unknown schedule '{self.schedule}'", mend="give `token` or `entropy:NATS`")
+            raise VasError(f"unknown schedule '{self.schedule}'", mend="give `token`, `entropy:NATS` or `block:TOKENS`")
 
     @property
     def entropy_threshold(self) -> float | None:
@@ -82,9 +94,16 @@ class GuidanceParams:
         kind, _, threshold = self.schedule.partition(":")
         return float(threshold) if kind == "entropy" else None
 
-    def active(self) -> bool:
-        """False if guidance would change nothing."""
-        return any(self.objectives.values())
+    @property
+    def active(self) -> frozenset[str]:
+        """Objectives with a strength other than 0."""
+        return frozenset(name for name, strength in self.objectives.items() if strength)
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of a continuation, for the schedule `block`."""
+        kind, _, size = self.schedule.partition(":")
+        return int(size) if kind == "block" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +114,16 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     guidance: GuidanceParams = field(default_factory=GuidanceParams)
+
+
+class Drawn(NamedTuple):
+    """A token as it was drawn."""
+
+    token: int
+    logprob: float
+    guided_logprob: float
+    kl: float
+    top: tuple[tuple[int, float, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -111,6 +140,8 @@ class Token:
     """log π of the token; equal to `logprob` without guidance."""
     kl: float
     """KL(π‖π0) of the step, nats."""
+    top: tuple[tuple[int, float, float], ...]
+    """The likeliest tokens under π, each with its log π0 and log π; as many as the request's `logprobs`."""
     finish_reason: str | None = None
     """stop | length, on the last token."""
 
@@ -135,6 +166,13 @@ class Completion:
     value_positions: dict[str, int] = field(default_factory=dict)
     """The same for each scorer, by its name."""
 
+    top: list[tuple[tuple[int, float, float], ...]] = field(default_factory=list)
+    """Each step's likeliest tokens, if the request wants any: see `Token.top`."""
+
+    def scored(self, scorer: str, positions: int) -> None:
+        """Count positions run through a scorer."""
+        self.value_positions[scorer] = self.value_positions.get(scorer, 0) + positions
+
     def add(self, token: Token) -> None:
         """Take in the next token."""
         self.token_ids.append(token.token_id)
@@ -142,6 +180,8 @@ class Completion:
         self.logprobs.append(token.logprob)
         self.guided_logprobs.append(token.guided_logprob)
         self.kl += token.kl
+        if token.top:
+            self.top.append(token.top)
         self.finish_reason = token.finish_reason or ""
 
 
@@ -152,6 +192,8 @@ class Sequence:
     request: Request
     number: int
     """How many requests came before it."""
+    completion: Completion
+    text: Detokenizer
     response: list[int] = field(default_factory=list)
     cached: int = 0
     """Tokens in the base model's KV cache."""
@@ -161,6 +203,14 @@ class Sequence:
     """A running sequence whose KV it will copy before it reads the rest of its prompt."""
     shared: int = 0
     """How many tokens of it."""
+    fork: int = 0
+    """Which of the request's continuations it is, under the schedule `block`; else 0."""
+    block: Block | None = None
+    """The continuations it is one of."""
+    pending: list[Drawn] = field(default_factory=list)
+    """Tokens at the end of `response` that a block has not chosen yet."""
+    resting: bool = False
+    """Waits for the other continuations of its block."""
 
     def __len__(self) -> int:
         return len(self.request.prompt_token_ids) + len(self.response)
@@ -170,10 +220,15 @@ class Sequence:
         """Prompt and response so far."""
         return (*self.request.prompt_token_ids, *self.response)
 
-    def since(self, start: int) -> list[int]:
-        """Its tokens from place `start` on."""
-        prompt = self.request.prompt_token_ids
-        return [*prompt[start:], *self.response[max(0, start - len(prompt)) :]]
+    @property
+    def owner(self) -> Hashable:
+        """Its name in the caches."""
+        return self.request.request_id, self.fork
+
+    def tokens(self, start: int, stop: int) -> tuple[int, ...]:
+        """Its tokens from place `start` up to `stop`."""
+        prompt, length = self.request.prompt_token_ids, len(self.request.prompt_token_ids)
+        return (*prompt[start:stop], *self.response[max(0, start - length) : max(0, stop - length)])
 
     @property
     def last_token(self) -> int:
@@ -187,14 +242,23 @@ class Sequence:
     @property
     def ready(self) -> bool:
         """Whether the next step can append a token."""
-        return self.unread == 0
+        return self.unread == 0 and not self.resting
 
     @property
-    def objectives(self) -> frozenset[str]:
-        """Objectives with a strength other than 0."""
-        return frozenset(name for name, strength in self.request.guidance.objectives.items() if strength)
+    def blockwise(self) -> bool:
+        """Whether it is guided by blocks."""
+        return bool(self.request.guidance.active) and self.request.guidance.block_size is not None
+
+    @property
+    def rows(self) -> int:
+        """Rows that it takes in the caches, its continuations' included."""
+        if self.fork:
+            return 0  # the first continuation has counted it
+        return self.request.guidance.candidates if self.blockwise else 1
 
     def restart(self) -> None:
-        """Forget what the caches held."""
+        """Forget what the caches held, and tokens that were not chosen yet."""
         self.cached, self.source, self.shared = 0, None, 0
         self.read.clear()
+        del self.response[len(self.response) - len(self.pending) :]
+        self.pending, self.resting, self.block = [], False, None

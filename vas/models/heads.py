@@ -77,4 +77,36 @@ class CategoricalHead(nn.Module):
         return cross - torch.special.entr(label).sum(-1)
 
 
-Head = ScalarHead | CategoricalHead
+class VocabHead(nn.Module):
+    """Values of every next token from the parent state: Q(s,a) = u(s)·e_a, e_a the embedding of token a.
+
+    u is linear in the state; state and embeddings are brought to one length, so that one learning rate
+    suits every backbone.
+
+    So a step needs no pass over its candidates. Distilled from a trained V over candidates
+    (see `vas/training/distill.py`), up to a constant of each state: advantages are what it knows. Like
+    the vocabulary heads of FaRMA (arXiv:2502.04517), but through the embeddings, so that tokens which were
+    seldom seen get the value of their neighbours.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+
+    def reset(self) -> None:
+        """Start at value 0 everywhere."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] to u(s) [..., H]."""
+        state = F.rms_norm(hidden, hidden.shape[-1:])
+        return self.linear(state.to(self.linear.weight.dtype)).float()
+
+    def values(self, output: Tensor, embedded: Tensor) -> Tensor:
+        """u(s) [..., H] and the embeddings of candidates [..., K, H] to their values [..., K]."""
+        return (F.normalize(embedded.float(), dim=-1) @ output[..., None]).squeeze(-1)
+
+
+StateHead = ScalarHead | CategoricalHead
+Head = StateHead | VocabHead

@@ -23,7 +23,7 @@ from transformers import (
 from vas import config, storage
 from vas.errors import VasError
 from vas.models.base import load_pretrained, tokenizer_digest
-from vas.models.heads import CategoricalHead, Head, ScalarHead
+from vas.models.heads import CategoricalHead, Head, ScalarHead, StateHead, VocabHead
 
 
 class ValueModelConfig(PreTrainedConfig):
@@ -31,7 +31,7 @@ class ValueModelConfig(PreTrainedConfig):
 
     backbone: the backbone's own config. objectives: one dict each with `name`, `mean`, `std`
     (of the training rollouts' rewards), `low`, `high` (range of the standardised reward)
-    and `reward_version`. head: `{"kind", "bins", "label"}`.
+    and `reward_version`. head: `{"kind", "bins", "label"}`; `vocab` needs the kind alone.
     """
 
     model_type = "vas_value"
@@ -92,7 +92,7 @@ class ValueModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Only heads are ever fresh."""
-        if isinstance(module, ScalarHead | CategoricalHead):
+        if isinstance(module, Head):
             module.reset()
         if isinstance(module, CategoricalHead):  # transformers builds models on the meta device
             centers = torch.linspace(module.low, module.high, module.bins)
@@ -112,11 +112,23 @@ class ValueModel(PreTrainedModel):
 
     def values(self, outputs: Sequence[Tensor], strengths: Tensor | None = None) -> Tensor:
         """Values [..., J] from the heads' outputs; soft values where `strengths` [..., J] is given."""
-        heads = cast(Sequence[Head], self.heads)
+        assert not self.scores_vocabulary, "a vocab head has no value of the state itself"
+        heads = cast(Sequence[StateHead], self.heads)
         if strengths is None:
             return torch.stack([h.value(o) for h, o in zip(heads, outputs, strict=True)], dim=-1)
         each = [h.soft_value(o, strengths[..., j]) for j, (h, o) in enumerate(zip(heads, outputs, strict=True))]
         return torch.stack(each, dim=-1)
+
+    @property
+    def scores_vocabulary(self) -> bool:
+        """Whether the heads score next tokens from their parent state."""
+        return self.config.head["kind"] == "vocab"
+
+    def next_values(self, outputs: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        """Values [..., K, J] of next tokens [..., K], from vocab heads' outputs of the parent states."""
+        heads = cast(Sequence[VocabHead], self.heads)
+        embedded = self.get_input_embeddings()(tokens)
+        return torch.stack([h.values(o, embedded) for h, o in zip(heads, outputs, strict=True)], dim=-1)
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
         """Values [B, T, J] of every prefix of `input_ids` [B, T]."""
@@ -210,6 +222,8 @@ class ValueModel(PreTrainedModel):
 def _make_head(spec: dict[str, Any], objective: dict[str, Any], width: int) -> Head:
     if spec["kind"] == "scalar":
         return ScalarHead(width)
+    if spec["kind"] == "vocab":
+        return VocabHead(width)
     return CategoricalHead(width, spec["bins"], objective["low"], objective["high"], spec["label"])
 
 

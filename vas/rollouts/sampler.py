@@ -40,14 +40,14 @@ class Sampler:
     @cached_property
     def _engine(self) -> Engine:
         from vas.decoding.engine import Engine
-        from vas.decoding.scorer import ValueScorer
+        from vas.decoding.scorer import make_scorer
         from vas.models.value import ValueModel, check_tokenizers
 
         scorers = []
         if self._value is not None:
             model = ValueModel.load(self._value, self._base.model.device)
             check_tokenizers(model, self._base.name, self._base.tokenizer_digest)
-            scorers.append(ValueScorer(self._config.value.name, model, self._config.base.linears, free=True))
+            scorers.append(make_scorer(self._config.value.name, model, self._config.base.linears, free=True))
         return Engine(
             self._base,
             scorers,

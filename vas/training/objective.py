@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vas import guidance
-from vas.models.heads import Head
+from vas.models.heads import StateHead
 from vas.models.value import ValueModel
 from vas.training.batches import Batch
 
@@ -39,7 +39,7 @@ class ValueObjective(nn.Module):
         rewards_NJ = self.standardise(batch.rewards_NJ)
         targets_NSJ = guidance.td_lambda_targets(values_NSJ, rewards_NJ, batch.last_N, self.td_lambda)
         losses = [
-            cast(Head, head).loss(output, targets_NSJ[..., j])[batch.trained_NS].mean()
+            cast(StateHead, head).loss(output, targets_NSJ[..., j])[batch.trained_NS].mean()
             for j, (head, output) in enumerate(zip(self.model.heads, outputs, strict=True))
         ]
         return torch.stack(losses).mean(), values_NSJ

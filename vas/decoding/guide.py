@@ -1,0 +1,126 @@
+"""The guide: from log π0 to log π, with the values of all scorers (arXiv:2405.06639)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+
+from vas import guidance
+from vas.decoding.clock import Clock
+from vas.decoding.scorer import ScoreBatch, Scorer
+from vas.decoding.sequence import Request, Sequence
+from vas.errors import VasError
+
+
+class Guide:
+    """Which steps are guided, what the candidates are worth, and what that makes of log π0.
+
+    scorers: bring an objective each or more. eos_token_ids: always among the candidates. clock: counts the
+    scorers' time as `value`. Raises VasError if two scorers bring the same objective.
+    """
+
+    def __init__(self, scorers: Many[Scorer], eos_token_ids: Many[int], device: torch.device, clock: Clock) -> None:
+        self._scorers, self._clock = scorers, clock
+        self._eos = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
+        self.objectives: dict[str, int] = {}
+        """Objective → its place in the last dimension of values."""
+        for scorer in scorers:
+            for name in scorer.objectives:
+                if name in self.objectives:
+                    raise VasError(f"two value models bring the objective '{name}'", scorer.name, "name them apart")
+                self.objectives[name] = len(self.objectives)
+
+    def scorers_of(self, request: Request) -> list[Scorer]:
+        """The scorers that a request's objectives need."""
+        return [scorer for scorer in self._scorers if not request.guidance.active.isdisjoint(scorer.objectives)]
+
+    def __call__(self, sequences: Many[Sequence], base_BV: Tensor) -> Tensor:
+        """log π of every sequence's next token [B, V]; the rows without guidance are π0's."""
+        rows = self.wanted(sequences, base_BV)
+        if not rows:
+            return base_BV
+        every = len(rows) == len(sequences)
+        policy = base_BV if every else base_BV[rows]
+        device = policy.device
+        params = [sequences[b].request.guidance for b in rows]
+        k = torch.tensor([p.candidates for p in params], device=device)
+        masses = [p.candidate_mass for p in params]
+        adaptive = torch.tensor(masses, device=device) if min(masses) < 1 else None
+        tokens, valid = guidance.select_candidates(policy, k, self._eos, adaptive)
+        strengths = self.strengths([sequences[b] for b in rows]).to(device)
+        values = self.values(sequences, rows, tokens, valid, strengths)
+        mean = torch.tensor([p.baseline == "mean" for p in params], device=device)
+        advantage = guidance.advantages(values, policy.gather(1, tokens), valid, mean)
+        drop = torch.tensor([p.outside == "drop" for p in params], device=device)
+        result = guidance.combine(policy, tokens, valid, advantage, strengths, drop)
+        for b in rows:
+            sequences[b].completion.guided_steps += 1
+        return result if every else base_BV.index_copy(0, torch.tensor(rows, device=device), result)
+
+    def wanted(self, sequences: Many[Sequence], base_BV: Tensor) -> list[int]:
+        """Rows whose schedule wants guidance at this step."""
+        guided = [
+            b for b, sequence in enumerate(sequences) if sequence.request.guidance.active and not sequence.blockwise
+        ]
+        thresholds = {b: sequences[b].request.guidance.entropy_threshold for b in guided}
+        asked = [b for b, threshold in thresholds.items() if threshold is not None]
+        if not asked:
+            return guided
+        entropies = dict(zip(asked, guidance.entropy(base_BV[asked]).tolist(), strict=True))
+        return [b for b in guided if b not in entropies or entropies[b] > (thresholds[b] or 0.0)]
+
+    def strengths(self, sequences: Many[Sequence]) -> Tensor:
+        """β of every objective: [B, J]."""
+        strengths = torch.zeros(len(sequences), len(self.objectives))
+        for b, sequence in enumerate(sequences):
+            for name, strength in sequence.request.guidance.objectives.items():
+                strengths[b, self.objectives[name]] = strength
+        return strengths
+
+    def values(
+        self,
+        sequences: Many[Sequence],
+        rows: list[int],
+        tokens_BK: Tensor,
+        valid_BK: Tensor,
+        strengths_BJ: Tensor,
+        unread: int = 0,
+    ) -> Tensor:
+        """Values of candidates of `sequences[rows]`, 0 where a sequence doesn't use a scorer: [B, K, J].
+
+        Sequences that have no candidates at this step ride along: what they have appended is read in
+        the same pass. unread: so many tokens at the ends of the sequences are not read, but candidates.
+        """
+        values = torch.zeros(*tokens_BK.shape, len(self.objectives), device=tokens_BK.device)
+        with self._clock.part("value"):
+            for scorer in self._scorers:
+                users = [b for b, s in enumerate(sequences) if scorer in self.scorers_of(s.request)]
+                users = [b for b in users if b in rows or not sequences[b].blockwise]
+                asking = [i for i, b in enumerate(rows) if b in users]
+                if not asking:
+                    continue
+                first = self.objectives[scorer.objectives[0]]
+                own = slice(first, first + len(scorer.objectives))
+                scored, positions = scorer.score(
+                    ScoreBatch(
+                        sequences=[sequences[b].owner for b in users],
+                        taken=[self._unread(sequences[b], scorer, unread) for b in users],
+                        rows=[users.index(rows[i]) for i in asking],
+                        candidates_BK=tokens_BK[asking],
+                        valid_BK=valid_BK[asking],
+                        strengths_BJ=strengths_BJ[asking, own],
+                        soft_B=torch.tensor([sequences[rows[i]].request.guidance.value == "soft" for i in asking]),
+                    )
+                )
+                values[asking, :, own] = scored.to(values)
+                for b, count in zip(users, positions, strict=True):
+                    sequences[b].read[scorer.name] = len(sequences[b]) - unread
+                    sequences[b].completion.scored(scorer.name, count)
+        return values
+
+    @staticmethod
+    def _unread(sequence: Sequence, scorer: Scorer, spared: int) -> tuple[int, ...]:
+        """What a scorer has not read of a sequence, but for the last `spared` tokens."""
+        return sequence.tokens(sequence.read.get(scorer.name, 0), len(sequence) - spared)
