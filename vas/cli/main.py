@@ -101,7 +101,7 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: the run's.")] = None,
     candidates: Annotated[int | None, typer.Option(min=1, help="Tokens scored a step. Default: the run's.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="Steps guided: token, or entropy:NATS. Default: the run's.")
+        str | None, typer.Option(help="Steps guided: token, entropy:NATS or block:TOKENS. Default: the run's.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="No colours for what guidance moved.")] = False,

@@ -16,11 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vas.decoding.cache import KVCache
 from vas.guidance import additive_mask
@@ -48,10 +45,11 @@ class Pass:
         self.column_N = torch.from_numpy(column).to(device)
         slot = self._shape_padding(index)
         self._slot_N = None if slot is None else torch.from_numpy(slot).to(device)
+        self._branching = kept < self._total
         self._masks: dict[int | None, Tensor] = {}
         self.branches: list[tuple[Tensor, Tensor]] = []
         """Keys and values of the branches, a layer each: [branches, heads, head_dim]."""
-        cache.grow(self._width)
+        cache.grow(self._width + 1)  # the last column read is where a token's score with itself goes
 
     def _shape_padding(self, index: np.ndarray) -> np.ndarray | None:
         """Every token's place in a padded grid of B x T, in which attention computes; None if they fill it in order."""
@@ -65,11 +63,11 @@ class Pass:
         return index * self._longest + place - (count.cumsum() - count)[index]
 
     def _grid(self, tokens_NX: Tensor) -> Tensor:
-        """[N, ...] to the padded grid [B, T, ...]."""
+        """[N, ...] to the padded grid [B, T, ...]; padding holds anything."""
         shape = (self._batch, self._longest, *tokens_NX.shape[1:])
         if self._slot_N is None:
-            return tokens_NX.view(shape)
-        grid = tokens_NX.new_zeros((shape[0] * shape[1], *shape[2:]))
+            return tokens_NX.reshape(shape)
+        grid = tokens_NX.new_empty((shape[0] * shape[1], *shape[2:]))
         return grid.index_copy_(0, self._slot_N, tokens_NX).view(shape)
 
     def _flat(self, grid_BTX: Tensor) -> Tensor:
@@ -78,18 +76,16 @@ class Pass:
         return flat if self._slot_N is None else flat[self._slot_N]
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask over the cache's columns [B, 1, 1, T, width]; layers share it."""
+        """Additive mask over the columns that are read [B, 1, 1, T, columns]; layers share it."""
         if window not in self._masks:
-            branching = self._kept < self._total
-            # with branches in the pass every token meets itself in a term of its own, not in the cache
-            seen_N = self.column_N if branching else self.column_N + 1
-            columns = torch.arange(self._width, device=seen_N.device)
-            seen_BT1 = self._grid(seen_N)[..., None]
-            allowed = columns < seen_BT1
+            # with branches in the pass every token meets itself in the last column, not in its own
+            seen_BT = self._grid(self.column_N if self._branching else self.column_N + 1)
+            columns = torch.arange(self._width + self._branching, device=seen_BT.device)
+            allowed = columns < seen_BT[..., None]
             if window is not None:
                 allowed &= columns > self._grid(self.column_N)[..., None] - window
-            if not branching:
-                allowed |= seen_BT1 == 0  # padding: any row will do, but one without a column is not a number
+            if self._branching:
+                allowed[..., -1] = True
             self._masks[window] = additive_mask(allowed[:, None, None], dtype)
         return self._masks[window]
 
@@ -97,35 +93,31 @@ class Pass:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
     ) -> Tensor:
         """One layer's attention. query [N, H, D], key and value [N, H_kv, D] to [N, H, D]."""
-        kept, branching = self._kept, self._kept < self._total
+        kept, width = self._kept, self._width
         if kept:
             self._cache.write(layer, self._row_N, self.column_N[:kept], key[:kept], value[:kept])
-        if branching:
+        if self._branching:
             self.branches.append((key[kept:], value[kept:]))
-        keys, values = self._cache.read(layer, self._rows, self._width)  # [B, H_kv, width, D]
-        heads, shared = query.shape[1], key.shape[1]
-        batch, longest, dim = self._batch, self._longest, query.shape[-1]
+        keys, values = self._cache.read(layer, self._rows, width + self._branching)  # [B, H_kv, columns, D]
+        heads, shared, dim = query.shape[1], key.shape[1], query.shape[2]
         # the query heads that share a key head become more queries of it: nothing is repeated
-        grouped = self._grid(query * scale).view(batch, longest, shared, heads // shared, dim).permute(0, 2, 3, 1, 4)
-        folded = (batch, shared, heads // shared * longest, dim)
-        mask = self._mask(window, query.dtype)
-        scores = (grouped.reshape(folded) @ keys.transpose(-1, -2)).view(*grouped.shape[:-1], -1)
-        own_key, own_value = self._own(key) if branching else None, self._own(value) if branching else None
-        if own_key is not None:
-            scores = torch.cat([scores, (grouped * own_key).sum(-1, keepdim=True)], dim=-1)
-            mask = F.pad(mask, (0, 1))
+        query = (query * scale).view(-1, shared, heads // shared, dim)
+        grouped = self._grid(query).permute(0, 2, 3, 1, 4)  # [B, H_kv, G, T, D]
+        folded = (self._batch, shared, heads // shared * self._longest)
+        scores = (grouped.reshape(*folded, dim) @ keys.transpose(-1, -2)).view(*grouped.shape[:-1], -1)
+        if self._branching:
+            itself = (query * key[:, :, None]).sum(-1)
+            scores[..., -1] = self._grid(itself).permute(0, 2, 3, 1)
         if cap is not None:
             scores = torch.tanh(scores / cap) * cap
-        weights = torch.softmax(scores.add_(mask), dim=-1, dtype=torch.float32).to(query.dtype)
-        width = self._width
-        result = (weights[..., :width].reshape(*folded[:-1], width) @ values).view(grouped.shape)
-        if own_value is not None:
-            result = result.addcmul(weights[..., width:], own_value)
-        return self._flat(result.permute(0, 3, 1, 2, 4).reshape(batch, longest, heads, dim))
-
-    def _own(self, states_NHD: Tensor) -> Tensor:
-        """Each token's own key or value beside its queries: [B, H_kv, 1, T, D]."""
-        return self._grid(states_NHD).permute(0, 2, 1, 3)[:, :, None]
+        weights = torch.softmax(scores.add_(self._mask(window, query.dtype)), dim=-1, dtype=torch.float32)
+        weights = weights.to(query.dtype)
+        found = (weights[..., :width].reshape(*folded, width) @ values[:, :, :width]).view(grouped.shape)
+        result = self._flat(found.permute(0, 3, 1, 2, 4))  # [N, H_kv, G, D]
+        if self._branching:
+            own = self._flat(weights[..., -1].permute(0, 3, 1, 2))
+            result = torch.addcmul(result, own[..., None], value[:, :, None])
+        return result.reshape(-1, heads, dim)
 
 
 def attend(
@@ -134,22 +126,13 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    vas_pass: Pass,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    vas_pass: Pass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' layers call, with query [1, H, N, D] and the runner's pass among the arguments.
-
-    Without a pass the model is somebody else's to run, and attention is torch's own.
-    """
-    if vas_pass is None:
-        if softcap is not None:
-            kwargs["softcap"] = softcap
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
-        )
+    """What transformers' layers call, with query [1, H, N, D] and the runner's pass among the arguments."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     result = vas_pass.attend(int(module.layer_idx), query, key, value, scale, sliding_window, softcap)
@@ -157,4 +140,3 @@ def attend(
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)

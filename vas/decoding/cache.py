@@ -23,7 +23,7 @@ class KVCache:
     """
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
-        self.device, self._limit = device, limit
+        self.device, self.limit = device, limit
         self.keys: list[Tensor] = []  # a layer each: [rows, heads, columns, head_dim]
         self.values: list[Tensor] = []
         self.row_of: dict[Hashable, int] = {}
@@ -35,8 +35,8 @@ class KVCache:
         return len(self._owners)
 
     def fits(self, rows: int, width: int) -> bool:
-        """Whether so many sequences of up to `width` tokens stay within the limit."""
-        return self._limit is None or _up(rows, ROWS) * _up(width, COLUMNS) <= self._limit
+        """Whether so many sequences of up to `width` tokens, and a spare column, stay within the limit."""
+        return self.limit is None or _up(rows, ROWS) * _up(width + 1, COLUMNS) <= self.limit
 
     def add(self, owner: Hashable) -> None:
         """Give a new sequence a row; it is empty."""
@@ -95,10 +95,10 @@ class KVCache:
         if rows <= self._shape[0] and width <= self._shape[1]:
             return
         shape = max(_up(rows, ROWS), self._shape[0]), max(_up(width, COLUMNS), self._shape[1])
-        if self._limit is not None and shape[0] * shape[1] > self._limit:
+        if self.limit is not None and shape[0] * shape[1] > self.limit:
             # give up what an earlier, other shape left over
             shape = _up(rows, ROWS), _up(max(width, *self.lengths.values()), COLUMNS)
-            assert shape[0] * shape[1] <= self._limit, "fits() comes before a row or a column more"
+            assert shape[0] * shape[1] <= self.limit, "fits() comes before a row or a column more"
         self._shape = shape
         for store in (self.keys, self.values):
             for i, layer in enumerate(store):

@@ -29,10 +29,9 @@ class Engine:
     tokens are those of Hugging Face `generate` in float32.
 
     max_sequences: how many requests are decoded at once; more wait.
-    kv_tokens: tokens that the base model's KV cache may hold, counted as allocated (sequences in
-    steps of 8, times the longest one in steps of 64); each value model's cache stays within the same
-    number. When they grow out of it, the youngest sequence waits, and later goes on with the tokens
-    it would have had. None for no limit.
+    kv_tokens: tokens that the KV cache of the base model may hold, and that of each value model, counted
+    as allocated (sequences in steps of 8, times the longest one in steps of 64). When they grow out of
+    it, the youngest sequence waits, and later goes on with the tokens it would have had. None for no limit.
     prefill_tokens: how many tokens of prompts are read between two decoding steps.
     linears: how the base model's linear layers compute on a CPU, see `linears.py`. free: use up the base
     model's own weights instead of keeping them beside the engine's; only the engine can use it then.
@@ -48,12 +47,17 @@ class Engine:
         linears: Linears = "exact",
         free: bool = False,
     ) -> None:
+        for name, number in (("max_sequences", max_sequences), ("prefill_tokens", prefill_tokens)):
+            if number < 1:
+                raise VasError(f"{name} must be at least 1, not {number}")
         self._base, self._scorers = base, list(scorers)
         self.clock = Clock()
         self._guide = Guide(scorers, base.eos_token_ids, base.model.device, self.clock)
         self.objectives = tuple(self._guide.objectives)
         self._vocab = base.model.get_input_embeddings().num_embeddings
-        self._runner = ModelRunner(base.model, kv_tokens, linears, free)
+        self._runner = ModelRunner(base.model, linears, free, kv_tokens)
+        for scorer in scorers:
+            scorer.limit(kv_tokens)
         self._scheduler = Scheduler(self._runner.cache.fits, max_sequences)
         self._prefill_tokens = prefill_tokens
         self._added = 0

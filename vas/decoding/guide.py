@@ -45,15 +45,15 @@ class Guide:
         policy = base_BV if every else base_BV[rows]
         device = policy.device
         params = [sequences[b].request.guidance for b in rows]
-        k = torch.tensor([p.candidates for p in params], device=device)
+        k = torch.tensor([p.candidates for p in params])
         masses = [p.candidate_mass for p in params]
         adaptive = torch.tensor(masses, device=device) if min(masses) < 1 else None
         tokens, valid = guidance.select_candidates(policy, k, self._eos, adaptive)
         strengths = self.strengths([sequences[b] for b in rows]).to(device)
         values = self.values(sequences, rows, tokens, valid, strengths)
-        mean = torch.tensor([p.baseline == "mean" for p in params], device=device)
+        mean = torch.tensor([p.baseline == "mean" for p in params])
         advantage = guidance.advantages(values, policy.gather(1, tokens), valid, mean)
-        drop = torch.tensor([p.outside == "drop" for p in params], device=device)
+        drop = torch.tensor([p.outside == "drop" for p in params])
         result = guidance.combine(policy, tokens, valid, advantage, strengths, drop)
         for b in rows:
             sequences[b].completion.guided_steps += 1

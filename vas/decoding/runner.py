@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -19,10 +20,9 @@ from vas.errors import VasError
 
 
 class HuggingFace:
-    """A Hugging Face model as it is, with its attention replaced by `attention.attend`.
+    """A Hugging Face model as it is, but for its attention, which is `attention.attend` during a pass.
 
-    That leaves what the model does for others as it was. Raises VasError for a model whose attention
-    cannot be replaced. free: see `ModelRunner`.
+    Raises VasError for a model whose attention cannot be replaced. kind, free: see `ModelRunner`.
     """
 
     def __init__(self, model: PreTrainedModel, kind: Linears, free: bool) -> None:
@@ -33,35 +33,49 @@ class HuggingFace:
                 model.config.name_or_path or None,
                 "take a model of another architecture, such as Llama, Qwen, Gemma, Mistral or GPT-2",
             )
-        for part in {id(part): part for part in (self._model, self._backbone)}.values():
-            part.set_attn_implementation(attention.NAME)
         if free:
             linears.pack(model, kind)
+        elif kind != "exact":
+            raise VasError(
+                f"{kind} linear layers would replace those of a {type(model).__name__}", mend="give free=True"
+            )
         # any mask of four dimensions keeps the model from making one; `attend` has its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
 
     def __call__(self, ids_N: Tensor, where: Pass, logits: bool) -> Tensor:
         """Logits [N, V] or last hidden states [N, H]."""
-        output = (self._model if logits else self._backbone)(
-            input_ids=ids_N[None],
-            position_ids=where.column_N[None],
-            attention_mask=self._no_mask,
-            use_cache=False,
-            vas_pass=where,
-        )
+        with self._attention_replaced():
+            output = (self._model if logits else self._backbone)(
+                input_ids=ids_N[None],
+                position_ids=where.column_N[None],
+                attention_mask=self._no_mask,
+                use_cache=False,
+                vas_pass=where,
+            )
         return (output.logits if logits else output.last_hidden_state).squeeze(0)
+
+    @contextmanager
+    def _attention_replaced(self) -> Iterator[None]:
+        """Between passes the model is as it was, for others to use."""
+        config = self._backbone.config
+        before = config._attn_implementation
+        config._attn_implementation = attention.NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
 
 class ModelRunner:
     """A transformer with the KV cache of its sequences.
 
-    model: a Hugging Face causal LM or backbone. limit: tokens that the KV cache may hold. kind: how linear
-    layers compute, see `linears.py`. free: don't keep the model's own weights beside the layers made of
-    them; it can then be used through this runner alone. Raises VasError for a model that cannot be run.
+    model: a Hugging Face causal LM or backbone. kind: how linear layers compute, see `linears.py`. free:
+    don't keep the model's own weights beside the layers made of them; it can then be used through this
+    runner alone. limit: tokens that the KV cache may hold. Raises VasError for a model that cannot be run.
     """
 
     def __init__(
-        self, model: PreTrainedModel, limit: int | None = None, kind: Linears = "exact", free: bool = False
+        self, model: PreTrainedModel, kind: Linears = "exact", free: bool = False, limit: int | None = None
     ) -> None:
         self.device = model.device
         self.cache = KVCache(model.device, limit)
@@ -106,16 +120,14 @@ class ModelRunner:
             self.cache.lengths[each] += count
         return output, where
 
-    def keep(self, owners: Sequence[Hashable], branches: Sequence[int], where: Pass) -> None:
-        """Append branches of an earlier pass to their sequences: `branches[i]`, by its number there, to `owners[i]`."""
-        if not owners:
-            return
+    def keep(self, branches: Mapping[Hashable, int], where: Pass) -> None:
+        """Append a branch of an earlier pass, by its number there, to each of some sequences."""
         as_tensor = partial(torch.tensor, device=self.device)
-        rows = as_tensor([self.cache.row_of[owner] for owner in owners])
-        columns = as_tensor([self.cache.lengths[owner] for owner in owners])
-        for owner in owners:
+        rows = as_tensor([self.cache.row_of[owner] for owner in branches])
+        columns = as_tensor([self.cache.lengths[owner] for owner in branches])
+        for owner in branches:
             self.cache.lengths[owner] += 1
-        self.cache.grow(max(self.cache.lengths[owner] for owner in owners))
-        chosen = as_tensor(branches)
+        self.cache.grow(max(self.cache.lengths[owner] for owner in branches))
+        chosen = as_tensor(list(branches.values()))
         for layer, (keys, values) in enumerate(where.branches):
             self.cache.write(layer, rows, columns, keys[chosen], values[chosen])

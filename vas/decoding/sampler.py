@@ -7,7 +7,6 @@ a request gives the same tokens alone or in a crowd, and before or after a repli
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,17 +24,15 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 def policy(logits_BV: Tensor, knobs: Many[SamplingParams]) -> Tensor:
     """log π0 of the next tokens [B, V]: each row with its own bias, temperature and truncation."""
     biased = [(b, *item) for b, k in enumerate(knobs) for item in k.logit_bias.items()]
-    as_tensor = partial(torch.tensor, device=logits_BV.device)
     if biased:
-        rows, tokens, amounts = zip(*biased, strict=True)
-        at = as_tensor(rows), as_tensor(tokens)
-        logits_BV = logits_BV.float().index_put(at, as_tensor(amounts), accumulate=True)
+        rows, tokens, amounts = (torch.tensor(each, device=logits_BV.device) for each in zip(*biased, strict=True))
+        logits_BV = logits_BV.float().index_put((rows, tokens), amounts, accumulate=True)
     return guidance.policy_logprobs(
         logits_BV,
-        as_tensor([float(k.temperature) for k in knobs]),
-        as_tensor([k.top_k for k in knobs]),
-        as_tensor([float(k.top_p) for k in knobs]),
-        as_tensor([float(k.min_p) for k in knobs]),
+        torch.tensor([float(k.temperature) for k in knobs]),
+        torch.tensor([k.top_k for k in knobs]),
+        torch.tensor([float(k.top_p) for k in knobs]),
+        torch.tensor([float(k.min_p) for k in knobs]),
     )
 
 
@@ -45,7 +42,7 @@ def draw(sequences: Many[Sequence], base_BV: Tensor, guided_BV: Tensor) -> list[
     numbers = uniforms([fork(s.request.sampling.seed, s.fork) for s in sequences], [len(s.response) for s in sequences])
     # continuations of a greedy request are sampled all the same, and the best of them is taken
     greedy = torch.tensor([k.temperature == 0 and s.block is None for k, s in zip(knobs, sequences, strict=True)])
-    chosen_B = sample(guided_BV, torch.from_numpy(numbers).to(device), greedy.to(device))
+    chosen_B = sample(guided_BV, torch.from_numpy(numbers).to(device), greedy)
     guided = guided_BV is not base_BV
     kl_B = guidance.kl_divergence(guided_BV, base_BV) if guided else torch.zeros_like(base_BV[:, 0])
     taken = [each.gather(1, chosen_B[:, None]).squeeze(1) for each in (base_BV, guided_BV)]
@@ -61,7 +58,8 @@ def _likeliest(base_BV: Tensor, guided_BV: Tensor, counts: list[int]) -> list[tu
         return [()] * len(counts)
     top = guided_BV.topk(most, dim=-1)
     columns = top.indices.tolist(), base_BV.gather(1, top.indices).tolist(), top.values.tolist()
-    return [tuple(zip(*row, strict=True))[:count] for *row, count in zip(*columns, counts, strict=True)]
+    rows = [tuple(zip(*row, strict=True))[:count] for *row, count in zip(*columns, counts, strict=True)]
+    return [tuple(each for each in row if each[2] > guidance.NEVER) for row in rows]
 
 
 def uniforms(seeds: list[int], positions: list[int]) -> np.ndarray:
@@ -108,4 +106,6 @@ def sample(logprobs_BV: Tensor, uniforms_B: Tensor, greedy_B: Tensor) -> Tensor:
     # rounding may step past the last token that has any probability: never draw an excluded one
     last = (inside < inside[:, -1:]).sum(-1, keepdim=True)
     drawn = (block * BLOCK + torch.minimum(offset, last)).squeeze(1)
-    return torch.where(greedy_B, logprobs_BV.argmax(dim=-1), drawn) if bool(greedy_B.any()) else drawn
+    if not bool(greedy_B.any()):
+        return drawn
+    return torch.where(greedy_B.to(drawn.device), logprobs_BV.argmax(dim=-1), drawn)

@@ -56,6 +56,10 @@ class Scorer(Protocol):
         """Bytes of KV that it holds here."""
         ...
 
+    def limit(self, kv_tokens: int | None) -> None:
+        """Hold at most so many tokens of KV, counted as the engine's own; it will not ask for more."""
+        ...
+
     def open(self, sequence: Hashable) -> None:
         """Begin a sequence."""
         ...
@@ -90,12 +94,16 @@ class _InProcess:
         self.objectives = model.objectives
         self.context_length: int | None = getattr(model.config.backbone_config, "max_position_embeddings", None)
         self._model = model
-        self._runner = ModelRunner(model.backbone, None, linears, free)
+        self._runner = ModelRunner(model.backbone, linears, free)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV held."""
         return self._runner.cache.memory()
+
+    def limit(self, kv_tokens: int | None) -> None:
+        """Hold at most so many tokens of KV."""
+        self._runner.cache.limit = kv_tokens
 
     def open(self, sequence: Hashable) -> None:
         """Give the sequence a row of the cache."""
@@ -119,9 +127,8 @@ class ValueScorer(_InProcess):
 
     def __init__(self, name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> None:
         super().__init__(name, model, linears, free)
-        self._offered: dict[Hashable, dict[int, int]] = {}
-        """Last pass's candidates of each sequence: token → its number among the branches of `_last`."""
-        self._last: Pass | None = None
+        self._offered: dict[Hashable, tuple[Pass, dict[int, int]]] = {}
+        """The pass that each sequence was last scored in, and its candidates: token → number among the branches."""
 
     @torch.inference_mode()
     def score(self, batch: ScoreBatch) -> tuple[Tensor, list[int]]:
@@ -131,9 +138,9 @@ class ValueScorer(_InProcess):
         tokens = batch.candidates_BK.cpu().numpy()
         row, place = valid.nonzero()
         index = np.array(batch.rows)[row]
-        output, self._last = self._runner.branch(batch.sequences, missed, index, tokens[row, place])
+        output, where = self._runner.branch(batch.sequences, missed, index, tokens[row, place])
         for number, (sequence, token) in enumerate(zip(index.tolist(), tokens[row, place].tolist(), strict=True)):
-            self._offered.setdefault(batch.sequences[sequence], {})[token] = number
+            self._offered.setdefault(batch.sequences[sequence], (where, {}))[1][token] = number
 
         hidden_NH = output[len(output) - len(row) :]
         row_N, place_N = (torch.from_numpy(each).to(hidden_NH.device) for each in (row, place))
@@ -152,17 +159,16 @@ class ValueScorer(_InProcess):
 
     def _keep_taken(self, batch: ScoreBatch) -> list[tuple[int, ...]]:
         """Keep the KV of each candidate that was taken; returns the tokens that were no candidates."""
-        owners, branches, missed = [], [], []
+        kept: dict[Pass, dict[Hashable, int]] = {}
+        missed = []
         for sequence, taken in zip(batch.sequences, batch.taken, strict=True):
-            offered = self._offered.get(sequence, {})
-            if taken and taken[0] in offered:
-                owners.append(sequence)
-                branches.append(offered[taken[0]])
+            where, offered = self._offered.pop(sequence, (None, {}))
+            if where and taken and taken[0] in offered:
+                kept.setdefault(where, {})[sequence] = offered[taken[0]]
                 taken = taken[1:]
             missed.append(taken)
-        if self._last is not None:
-            self._runner.keep(owners, branches, self._last)
-        self._offered.clear()
+        for where, branches in kept.items():
+            self._runner.keep(branches, where)
         return missed
 
     def share(self, source: Hashable, target: Hashable, length: int) -> None:

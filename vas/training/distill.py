@@ -57,6 +57,8 @@ def distill(
     )
     student.backbone.load_state_dict(teacher.backbone.state_dict())
     student = student.float().to(teacher.device)
+    for head in student.heads:
+        cast(VocabHead, head).reset()
     held_out = max(1, len(rollouts) // 10)
     lesson = _join(_lessons(base, teacher, rollouts[:-held_out], candidates, temperature))
     test = _join(_lessons(base, teacher, rollouts[-held_out:], candidates, temperature))

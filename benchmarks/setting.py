@@ -1,0 +1,152 @@
+"""What the decoding benchmarks share: models, prompts, requests, and how a case is timed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vas import guidance
+from vas.config import Base, Linears, Prompts, Value
+from vas.decoding.engine import Engine
+from vas.decoding.guide import Guide
+from vas.decoding.runner import ModelRunner
+from vas.decoding.scorer import make_scorer
+from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
+from vas.decoding.sequence import Sequence as Decoded
+from vas.models.base import BaseModel, encode_prompt, load_base
+from vas.models.value import ValueModel, ValueModelConfig
+from vas.prompts import load_prompts
+
+MODEL = "bundled:smollm2-135m-instruct"
+CANDIDATES, STRENGTH = 20, 2.0
+
+
+@dataclass
+class Setting:
+    """One machine's models and prompts; every case of a benchmark uses the same.
+
+    The base never ends a response, so that every case makes the same number of tokens.
+    """
+
+    base: BaseModel
+    value: ValueModel
+    """The base's first layers with a random head: speed does not depend on what it has learned."""
+    prompts: list[tuple[int, ...]]
+
+    @classmethod
+    def load(cls, model: str, layers: int, device: str | None, dtype: str) -> Setting:
+        """Load the base and make the value model of its first layers."""
+        spec = Base.model_validate({"model": model, "dtype": dtype})
+        base = load_base(spec, device)
+        base.eos_token_ids = ()
+        objective = {"name": "any", "mean": 0.0, "std": 1.0, "low": -3.0, "high": 3.0, "reward_version": "random"}
+        value = ValueModel.build(Value(layers=layers, head="scalar"), spec, base.tokenizer, [objective])
+        torch.nn.init.normal_(value.heads[0].linear.weight, std=0.02)
+        value = value.requires_grad_(False).eval().to(base.model.device, base.model.dtype)
+        chats = load_prompts(Prompts(source="bundled:demo"))
+        return cls(base, value, [tuple(encode_prompt(base.tokenizer, chat)) for chat in chats])
+
+    def with_vocab_heads(self) -> ValueModel:
+        """The value model with a random vocab head."""
+        model = ValueModel(ValueModelConfig(**(self.value.config.to_dict() | {"head": {"kind": "vocab"}})))
+        model.backbone.load_state_dict(self.value.backbone.state_dict())
+        torch.nn.init.normal_(model.heads[0].linear.weight, std=0.02)
+        return model.requires_grad_(False).eval().to(self.base.model.device, self.base.model.dtype)
+
+    def requests(self, batch: int, new_tokens: int) -> list[Request]:
+        """So many requests without guidance."""
+        return [Request(str(i), self.prompts[i], SamplingParams(max_tokens=new_tokens, seed=i)) for i in range(batch)]
+
+    def engine(self, value: ValueModel | None, batch: int, linears: Linears = "exact", **options: int) -> Engine:
+        """An engine for so many sequences at once, guided if there is a value model."""
+        scorers = [] if value is None else [make_scorer("value", value, linears)]
+        return Engine(self.base, scorers, batch, linears=linears, **options)
+
+
+class Watching(Guide):
+    """Guides every step, and notes π0's entropy at each."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.entropies: list[float] = []
+
+    def wanted(self, sequences: Sequence[Decoded], base_BV: Tensor) -> list[int]:
+        """All rows."""
+        self.entropies += guidance.entropy(base_BV).tolist()
+        return super().wanted(sequences, base_BV)
+
+
+def guide_by(engine: Engine, kind: type[Guide]) -> Engine:
+    """Let an engine choose its guided steps in another way."""
+    engine._guide = kind(engine._scorers, engine._base.eos_token_ids, engine._base.model.device, engine.clock)
+    return engine
+
+
+def median_entropy(engine: Engine, requests: list[Request]) -> float:
+    """The entropy of π0 that half the steps exceed, when these requests are guided at every step."""
+    guide_by(engine, Watching).generate(requests)
+    assert isinstance(engine._guide, Watching)
+    return round(float(np.median(engine._guide.entropies)), 3)
+
+
+def guided(requests: list[Request], **how: float | int | str) -> list[Request]:
+    """The same requests with guidance."""
+    params = GuidanceParams(**({"objectives": {"any": STRENGTH}, "candidates": CANDIDATES} | how))
+    return [replace(request, guidance=params) for request in requests]
+
+
+def run(engine: Engine, requests: list[Request]) -> int:
+    """Decode; returns how many tokens were made."""
+    return sum(len(done.token_ids) for done in engine.generate(requests))
+
+
+def generate(base: BaseModel, requests: list[Request]) -> int:
+    """Hugging Face `generate` on one batch, padded on the left, with sampling; as `run`.
+
+    It runs as long as the longest request; only tokens that were asked for count.
+    """
+    longest = max(len(r.prompt_token_ids) for r in requests)
+    new_tokens = max(r.sampling.max_tokens for r in requests)
+    pad = base.tokenizer.eos_token_id
+    padded = [[pad] * (longest - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests]
+    ids = torch.tensor(padded, device=base.model.device)
+    mask = torch.tensor(
+        [[token_place >= longest - len(r.prompt_token_ids) for token_place in range(longest)] for r in requests],
+        device=base.model.device,
+    ).long()
+    with torch.inference_mode():
+        out = base.model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            pad_token_id=pad,
+        )
+    assert out.shape[1] == longest + new_tokens
+    return sum(r.sampling.max_tokens for r in requests)
+
+
+def rates(cases: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Tokens per second of each case: the median over rounds, in each of which every case runs once."""
+    seen: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            started = time.perf_counter()
+            tokens = case()
+            seen[name].append(tokens / (time.perf_counter() - started))
+    return {name: statistics.median(each) for name, each in seen.items()}
+
+
+def kv_bytes_per_token(runner: ModelRunner) -> int:
+    """Bytes of keys and values that one token takes in a cache."""
+    cache = runner.cache
+    return sum(layer.shape[1] * layer.shape[3] * layer.element_size() for layer in (*cache.keys, *cache.values))
