@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from vas.decoding.cache import KVCache
 from vas.decoding.llama import FusedLlama
 
 REPEATS = 5
@@ -19,7 +22,7 @@ class Floor:
     """Seconds of one pass."""
 
     products: float
-    """Of its matrix products at these shapes, measured one after the other over all layers."""
+    """Of its matrix products at these shapes, attention's included, measured one after the other over all layers."""
     memory: float
     """Of reading its weights and KV once, at the measured bandwidth."""
 
@@ -35,27 +38,55 @@ def bandwidth(device: torch.device) -> float:
     return block.nbytes / _best(lambda: block.sum(), device)
 
 
-def floor(model: PreTrainedModel, rows: int, kv_bytes: float, rate: float) -> Floor:
-    """Of a pass of `rows` tokens through a Llama-family model, with its output layer if it has one.
+def floor(model: PreTrainedModel, cache: KVCache, sequences: int, each: int, rate: float) -> Floor:
+    """Of a pass of so many tokens of each sequence in a cache, with the output layer if the model has one.
 
-    kv_bytes: that the pass reads. rate: `bandwidth`.
+    model: of the Llama family. rate: see `bandwidth`.
     """
-    fused, config, device = FusedLlama(model, "exact", free=False), model.config, model.device
-    width = config.num_attention_heads * config.head_dim
-    sizes = {"qkv": config.hidden_size, "out": width, "gate_up": config.hidden_size, "down": config.intermediate_size}
-    inputs = {name: torch.randn(rows, size, device=device, dtype=model.dtype) for name, size in sizes.items()}
+    with _everything_on():
+        fused = FusedLlama(model, "exact", free=False)
+    config, device, dtype = model.config, model.device, model.dtype
+    rows, heads, dim = sequences * each, config.num_attention_heads, config.head_dim
+    sizes = {
+        "qkv": config.hidden_size,
+        "out": heads * dim,
+        "gate_up": config.hidden_size,
+        "down": config.intermediate_size,
+    }
+    inputs = {name: torch.randn(rows, size, device=device, dtype=dtype) for name, size in sizes.items()}
+    width, shared = max(cache.lengths.values()), config.num_key_value_heads
+    query = torch.randn(sequences, shared, heads // shared * each, dim, device=device, dtype=dtype)
+    weights = torch.randn(*query.shape[:-1], width, device=device, dtype=dtype)
 
     def products() -> None:
-        for layer in fused._layers:
-            for name, x in inputs.items():
-                getattr(layer, name)(x)
+        for number, layer in enumerate(fused._layers):
+            keys, values = cache.read(number, slice(0, sequences), width)
+            layer.qkv(inputs["qkv"])
+            query @ keys.transpose(-1, -2)
+            weights @ values
+            for name in ("out", "gate_up", "down"):
+                getattr(layer, name)(inputs[name])
         if fused._head is not None:
             fused._head(inputs["qkv"])
 
-    embedding = model.get_input_embeddings().weight
-    weights = sum(p.nbytes for p in model.base_model.parameters()) - embedding.nbytes
-    weights += embedding.nbytes if fused._head is not None else 0
-    return Floor(_best(products, device), (weights + kv_bytes) / rate)
+    embedding = model.get_input_embeddings().weight.nbytes
+    read = sum(p.nbytes for p in model.base_model.parameters()) - (embedding if fused._head is None else 0)
+    read += kv_bytes_per_token(cache) * sum(cache.lengths.values())
+    return Floor(_best(products, device), read / rate)
+
+
+def kv_bytes_per_token(cache: KVCache) -> int:
+    """Bytes of keys and values that one token takes in a cache."""
+    return sum(layer.shape[1] * layer.shape[3] * layer.element_size() for layer in (*cache.keys, *cache.values))
+
+
+@contextmanager
+def _everything_on() -> Iterator[None]:
+    """The floor is that of the fastest layers there are, whatever the engine was denied."""
+    denied = os.environ.pop("VAS_OFF", None)
+    yield
+    if denied is not None:
+        os.environ["VAS_OFF"] = denied
 
 
 @torch.inference_mode()

@@ -22,6 +22,11 @@ from vas.models.value import ValueModel
 @torch.inference_mode()
 def one_at_a_time(base: BaseModel, value: ValueModel, request: Request) -> list[int]:
     """The authors' recipe: one sequence, a forward pass for every candidate, a KV cache for each model."""
+    with base.model.device:
+        return _one_at_a_time(base, value, request)
+
+
+def _one_at_a_time(base: BaseModel, value: ValueModel, request: Request) -> list[int]:
     base_cache, value_cache = DynamicCache(), DynamicCache()
     response: list[int] = []
     ids = torch.tensor([request.prompt_token_ids])
@@ -49,14 +54,13 @@ class FullRows:
     """
 
     def __init__(self, base: BaseModel, value: ValueModel, requests: list[Request]) -> None:
-        self._base, self._value, self._requests = base, value, requests
+        self._base, self._value, self._requests, self._device = base, value, requests, base.model.device
         self._base_cache, self._value_cache = DynamicCache(), DynamicCache()
         longest = max(len(r.prompt_token_ids) for r in requests)
         rows = [[0] * (longest - len(r.prompt_token_ids)) + [1] * len(r.prompt_token_ids) for r in requests]
-        self._mask = torch.tensor(rows)  # prompts are padded on the left
-        self._prompts = torch.tensor(
-            [[0] * (longest - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests]
-        )
+        self._mask = torch.tensor(rows, device=self._device)  # prompts are padded on the left
+        padded = [[0] * (longest - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests]
+        self._prompts = torch.tensor(padded, device=self._device)
         self.memory = 0
         """Bytes of the value model's cache at its largest."""
         self.seconds = 0.0
@@ -65,6 +69,10 @@ class FullRows:
     @torch.inference_mode()
     def generate(self) -> list[list[int]]:
         """The responses' tokens."""
+        with self._device:
+            return self._generate()
+
+    def _generate(self) -> list[list[int]]:
         responses: list[list[int]] = [[] for _ in self._requests]
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
         logits = self._run_base(self._prompts, positions)
@@ -165,5 +173,5 @@ def _draw(
     advantage = guidance.advantages(values, policy_BV.gather(1, tokens_BK), valid_BK)
     strengths = torch.tensor([list(r.guidance.objectives.values()) for r in requests])
     guided = guidance.combine(policy_BV, tokens_BK, valid_BK, advantage, strengths)
-    numbers = torch.from_numpy(uniforms([r.sampling.seed for r in requests], steps))
+    numbers = torch.from_numpy(uniforms([r.sampling.seed for r in requests], steps)).to(policy_BV.device)
     return sample(guided, numbers, torch.zeros(len(requests), dtype=torch.bool))

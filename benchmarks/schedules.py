@@ -46,6 +46,7 @@ from vas.schema import Prompt
 from vas.training.distill import distill
 
 BATCH = 64
+DISTILLED = 400  # rollouts
 RESAMPLES = 2000
 KEEP = 0.95  # of the gain, for a setting to count as good
 
@@ -106,15 +107,13 @@ def load(location: str, objective: str, strength: float, candidates: int) -> tup
     value = ValueModel.load(run.value, base.model.device)
     sampling = SamplingParams.of(run.config.rollouts.sampling, 0)
     rows = pyarrow.dataset.dataset(run.rollouts).to_table().to_pylist()
-    rollouts = [
-        (row["prompt_token_ids"], row["response_token_ids"])
-        for row in rows
-        if row["error"] is None and not row["held_out"]
-    ]
-    order = np.random.default_rng(0).permutation(len(rollouts))[:800]
-    vocab, explained = distill(
-        base, value, [rollouts[i] for i in order], candidates, sampling.temperature or 1.0, epochs=10
-    )
+    by_prompt: dict[str, list[tuple[list[int], list[int]]]] = {}
+    for row in rows:
+        if row["error"] is None and not row["held_out"]:
+            by_prompt.setdefault(row["prompt_id"], []).append((row["prompt_token_ids"], row["response_token_ids"]))
+    order = np.random.default_rng(0).permutation(sorted(by_prompt))
+    rollouts = [rollout for prompt_id in order for rollout in by_prompt[prompt_id]]  # the last are of other prompts
+    vocab, explained = distill(base, value, rollouts[:DISTILLED], candidates, sampling.temperature or 1.0)
     prompts = [prompt for prompt in load_prompts(run.config.prompts) if prompt.held_out]
     reward = load_rewards(run.config.rewards)[objective]
     tokens = [tuple(encode_prompt(base.tokenizer, prompt)) for prompt in prompts]
@@ -152,6 +151,7 @@ def kept(base: np.ndarray, full: np.ndarray, way: np.ndarray) -> tuple[float, fl
 def speeds(material: Material, ways: list[Way], batch: int, rounds: int) -> dict[str, float]:
     """Tokens per second of each way, and of Hugging Face `generate` without guidance, at a fixed batch."""
     tireless = replace(material, base=replace(material.base, eos_token_ids=()))
+    tireless.base.model.generation_config.eos_token_id = None
     cases: dict[str, Callable[[], int]] = {"generate": lambda: generate(tireless.base, tireless.requests(1)[:batch])}
     for way in ways:
         engine, requests = tireless.engine(way.value, batch, way.guide), tireless.requests(1, **way.how)[:batch]
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--objective", default="positive", help="which reward (default: %(default)s)")
     parser.add_argument("--strength", type=float, default=7.0, help="its β (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=20, help="k of full guidance (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=4, help="responses a prompt (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=2, help="responses a prompt (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows here, and a figure beside them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     options = parser.parse_args()
@@ -227,7 +227,7 @@ def main() -> None:
             Row(f"{way.name}: KL", "KL", kl, "nats"),
         ]
     for batch in (8, 32):
-        speed = speeds(material, ways, batch, 3)
+        speed = speeds(material, ways, batch, 1)
         rows += [Row(f"batch {batch}: generate, no guidance", "throughput", speed["generate"], "tokens/s")]
         for way in ways:
             rows.append(Row(f"batch {batch}: {way.name} / generate", "ratio", speed[way.name] / speed["generate"], "x"))

@@ -16,7 +16,6 @@ from vas import guidance
 from vas.config import Base, Linears, Prompts, Value
 from vas.decoding.engine import Engine
 from vas.decoding.guide import Guide
-from vas.decoding.runner import ModelRunner
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.decoding.sequence import Sequence as Decoded
@@ -46,6 +45,7 @@ class Setting:
         spec = Base.model_validate({"model": model, "dtype": dtype})
         base = load_base(spec, device)
         base.eos_token_ids = ()
+        base.model.generation_config.eos_token_id = None
         objective = {"name": "any", "mean": 0.0, "std": 1.0, "low": -3.0, "high": 3.0, "reward_version": "random"}
         value = ValueModel.build(Value(layers=layers, head="scalar"), spec, base.tokenizer, [objective])
         torch.nn.init.normal_(value.heads[0].linear.weight, std=0.02)
@@ -128,7 +128,6 @@ def generate(base: BaseModel, requests: list[Request]) -> int:
             do_sample=True,
             top_k=0,
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
             pad_token_id=pad,
         )
     assert out.shape[1] == longest + new_tokens
@@ -144,9 +143,3 @@ def rates(cases: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
             tokens = case()
             seen[name].append(tokens / (time.perf_counter() - started))
     return {name: statistics.median(each) for name, each in seen.items()}
-
-
-def kv_bytes_per_token(runner: ModelRunner) -> int:
-    """Bytes of keys and values that one token takes in a cache."""
-    cache = runner.cache
-    return sum(layer.shape[1] * layer.shape[3] * layer.element_size() for layer in (*cache.keys, *cache.values))

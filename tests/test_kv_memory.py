@@ -78,4 +78,5 @@ def test_preempted_sequences_go_on_with_the_same_tokens_within_the_memory_stated
 def test_a_request_larger_than_the_memory_is_refused():
     engine = Engine(tiny_base("llama"), kv_tokens=ROWS * COLUMNS)
     with pytest.raises(VasError, match="more than the KV cache may hold"):
-        engine.add(request("r", prompts(10)[0], max_tokens=COLUMNS))
+        engine.add(request("r", prompts(10)[0], max_tokens=ROWS * COLUMNS - 10))  # and a spare column
+    engine.add(request("r", prompts(10)[0], max_tokens=ROWS * COLUMNS - 11))

@@ -20,9 +20,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from vas.decoding.cache import KVCache
+from vas.errors import VasError
 from vas.guidance import additive_mask
 
 NAME = "vas"  # as transformers knows this attention
+UNKNOWN = ("s_aux", "position_bias")  # attention sinks, learned biases
 
 
 class Pass:
@@ -132,7 +134,13 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' layers call, with query [1, H, N, D] and the runner's pass among the arguments."""
+    """What transformers' layers call, with query [1, H, N, D] and the runner's pass among the arguments.
+
+    Raises VasError for an attention that does more than this one.
+    """
+    for name in UNKNOWN:
+        if kwargs.get(name) is not None:
+            raise VasError(f"the attention of a {module.config.model_type} model needs `{name}`, unknown to the engine")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     result = vas_pass.attend(int(module.layer_idx), query, key, value, scale, sliding_window, softcap)

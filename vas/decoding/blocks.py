@@ -7,10 +7,11 @@ tokens of each continuation instead of k candidates for every token, and the bas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from vas.decoding.guide import Guide
 from vas.decoding.sampler import fork, uniforms
@@ -38,35 +39,44 @@ class Block:
             each.block = block
         return block
 
-    @torch.inference_mode()
-    def choose(self, guide: Guide) -> tuple[Sequence, Iterator[Drawn]]:
-        """Draw a continuation by exp(Σ β·V) of its last state, or take the best if the request is greedy.
-
-        Returns it, and its tokens with their figures. The weight of the choice, log(p·k), counts as part of
-        the last token's log π, and the choice's KL against a uniform one as that token's KL.
-        """
-        many, request = self.continuations, self.continuations[0].request
-        last = torch.tensor([[each.last_token] for each in many])
-        strengths = guide.strengths(many)
-        rows = list(range(len(many)))
-        values_K1J = guide.values(many, rows, last, torch.ones_like(last, dtype=torch.bool), strengths, unread=1)
-        logits = (values_K1J[:, 0] * strengths).sum(-1).double()
-        logprobs = torch.log_softmax(logits, dim=0)
-        probs = logprobs.exp()
-        if request.sampling.temperature == 0:
-            number = int(logits.argmax())
-        else:
-            start = len(many[0].response) - len(many[0].pending)
-            point = uniforms([fork(request.sampling.seed, CHOICE)], [start])[0]
-            number = min(int((probs.cumsum(0) <= point).sum()), len(many) - 1)
-        many[0].completion.guided_steps += 1
-        chosen, weight = many[number], float(logprobs[number]) + math.log(len(many))
-        kl = float((probs * logprobs).sum()) + math.log(len(many))
-        return chosen, _weighted(chosen.pending, weight, kl)
+    @property
+    def complete(self) -> bool:
+        """Whether every continuation has its tokens."""
+        return all(each.resting for each in self.continuations)
 
 
-def _weighted(tokens: list[Drawn], weight: float, kl: float) -> Iterator[Drawn]:
-    """The tokens, with the choice's weight and KL on the last one."""
-    *before, last = tokens
-    yield from before
-    yield last._replace(guided_logprob=last.guided_logprob + weight, kl=last.kl + kl)
+@torch.inference_mode()
+def choose(blocks: Many[Block], guide: Guide) -> list[tuple[Sequence, list[Drawn]]]:
+    """From each block draw a continuation by exp(Σ β·V) of its last state, or the best if the request is greedy.
+
+    One pass of a value model for all blocks. Returns each choice with its tokens and their figures: the weight
+    of the choice, log(p·k), counts as part of the last token's log π, and the choice's KL against a uniform
+    one as that token's KL. A stop string inside a block cuts it after the choice.
+    """
+    many = [each for block in blocks for each in block.continuations]
+    if not many:
+        return []
+    last = torch.tensor([[each.last_token] for each in many])
+    strengths = guide.strengths(many)
+    rows = list(range(len(many)))
+    values_B1J = guide.values(many, rows, last, torch.ones_like(last, dtype=torch.bool), strengths, unread=1)
+    logits_B = (values_B1J[:, 0] * strengths).sum(-1).double()
+    split = logits_B.split([len(block.continuations) for block in blocks])
+    return [_choose(block, logits_K) for block, logits_K in zip(blocks, split, strict=True)]
+
+
+def _choose(block: Block, logits_K: Tensor) -> tuple[Sequence, list[Drawn]]:
+    trunk, k = block.continuations[0], len(block.continuations)
+    logprobs = torch.log_softmax(logits_K, dim=0)
+    probs = logprobs.exp()
+    if trunk.request.sampling.temperature == 0:
+        number = int(logits_K.argmax())
+    else:
+        start = len(trunk.response) - len(trunk.pending)
+        point = uniforms([fork(trunk.request.sampling.seed, CHOICE)], [start])[0]
+        number = min(int((probs.cumsum(0) <= point).sum()), k - 1)
+    trunk.completion.guided_steps += 1
+    chosen = block.continuations[number]
+    *before, last = chosen.pending
+    weight, kl = float(logprobs[number]) + math.log(k), float((probs * logprobs).sum()) + math.log(k)
+    return chosen, [*before, last._replace(guided_logprob=last.guided_logprob + weight, kl=last.kl + kl)]

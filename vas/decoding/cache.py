@@ -36,7 +36,12 @@ class KVCache:
 
     def fits(self, rows: int, width: int) -> bool:
         """Whether so many sequences of up to `width` tokens, and a spare column, stay within the limit."""
-        return self.limit is None or _up(rows, ROWS) * _up(width + 1, COLUMNS) <= self.limit
+        return self.limit is None or self.allocated(rows, width) <= self.limit
+
+    @staticmethod
+    def allocated(rows: int, width: int) -> int:
+        """Tokens that so many sequences of up to `width` tokens take: rows and columns come in steps."""
+        return _rows(rows) * _up(width + 1, COLUMNS)
 
     def add(self, owner: Hashable) -> None:
         """Give a new sequence a row; it is empty."""
@@ -49,12 +54,15 @@ class KVCache:
     def free(self, owner: Hashable) -> None:
         """Take a sequence out; the last row moves into its place."""
         row, last = self.row_of.pop(owner), len(self._owners) - 1
-        del self.lengths[owner]
+        length = self.lengths.pop(owner)
         mover = self._owners.pop()
         if mover != owner:
             self._owners[row] = mover
             self.row_of[mover] = row
             self._copy(last, row, self.lengths[mover])
+            self._clear(row, self.lengths[mover], length)
+            length = self.lengths[mover]
+        self._clear(last, 0, length)
 
     @torch.inference_mode()
     def copy(self, source: Hashable, target: Hashable, length: int) -> None:
@@ -67,6 +75,11 @@ class KVCache:
     def _copy(self, source: int, target: int, length: int) -> None:
         for layer in (*self.keys, *self.values):
             layer[target, :, :length] = layer[source, :, :length]
+
+    def _clear(self, row: int, start: int, stop: int) -> None:
+        """Forget a freed row's tokens: one that is not a number would reach the next owner through any mask."""
+        for layer in (*self.keys, *self.values):
+            layer[row, :, start:stop] = 0
 
     def rows(self, owners: Sequence[Hashable]) -> Rows:
         """The rows of some sequences, for `read` and `write`; a slice where they are the first, in order."""
@@ -94,10 +107,10 @@ class KVCache:
         rows = len(self._owners)
         if rows <= self._shape[0] and width <= self._shape[1]:
             return
-        shape = max(_up(rows, ROWS), self._shape[0]), max(_up(width, COLUMNS), self._shape[1])
+        shape = max(_rows(rows), self._shape[0]), max(_up(width, COLUMNS), self._shape[1])
         if self.limit is not None and shape[0] * shape[1] > self.limit:
             # give up what an earlier, other shape left over
-            shape = _up(rows, ROWS), _up(max(width, *self.lengths.values()), COLUMNS)
+            shape = _rows(rows), _up(max(width, *self.lengths.values()), COLUMNS)
             assert shape[0] * shape[1] <= self.limit, "fits() comes before a row or a column more"
         self._shape = shape
         for store in (self.keys, self.values):
@@ -105,6 +118,11 @@ class KVCache:
                 held = layer[: shape[0], :, : shape[1]]
                 store[i] = layer.new_zeros((shape[0], layer.shape[1], shape[1], layer.shape[3]))
                 store[i][: held.shape[0], :, : held.shape[2]] = held
+
+
+def _rows(number: int) -> int:
+    """Few rows come as 1, 2, 4 or 8, more in steps of 8."""
+    return 1 << max(number - 1, 0).bit_length() if number <= ROWS else _up(number, ROWS)
 
 
 def _up(number: int, step: int) -> int:

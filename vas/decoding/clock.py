@@ -18,7 +18,7 @@ class Clock:
 
     def __init__(self, wait: bool = False) -> None:
         self.seconds: dict[str, float] = {}
-        self._wait = wait and torch.cuda.is_available()
+        self.wait = wait
         self._part, self._since = "", 0.0
 
     @contextmanager
@@ -32,7 +32,7 @@ class Clock:
             self._switch(outer)
 
     def _switch(self, name: str) -> None:
-        if self._wait:
+        if self.wait and torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self._part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vas.config import Linears
-from vas.decoding.blocks import Block
+from vas.decoding.blocks import Block, choose
 from vas.decoding.clock import Clock
 from vas.decoding.detokenizer import Detokenizer
 from vas.decoding.guide import Guide
@@ -61,7 +62,10 @@ class Engine:
         self._scheduler = Scheduler(self._runner.cache.fits, max_sequences)
         self._prefill_tokens = prefill_tokens
         self._added = 0
+        self.preempted = 0
+        """How often a sequence was sent back to wait."""
         self._completions: dict[str, Completion] = {}
+        self._streams: dict[str, deque[Token]] = {}
 
     def check(self, request: Request) -> None:
         """Raise VasError if the request could never be decoded here."""
@@ -94,9 +98,11 @@ class Engine:
                     where,
                     "shorten the prompt or lower max_tokens",
                 )
-        if not self._runner.cache.fits(sequence.rows, longest):
+        cache = self._runner.cache
+        if not cache.fits(sequence.rows, longest):
             raise VasError(
-                f"prompt and max_tokens make {longest} tokens in {sequence.rows} rows, more than the KV cache may hold",
+                f"prompt and max_tokens make {longest} tokens, which take {cache.allocated(sequence.rows, longest):,} "
+                f"as allocated, more than the KV cache may hold ({cache.limit:,})",
                 where,
                 "shorten the prompt, lower max_tokens or raise kv_tokens",
             )
@@ -123,6 +129,8 @@ class Engine:
                 self.add(request)
                 done[request.request_id] = None
             while None in done.values():
+                if not self.busy:
+                    raise VasError("a request was aborted, or decoded by somebody else", str(list(done)[:3]))
                 for token in self.step():
                     if token.finish_reason and token.request_id in done:
                         done[token.request_id] = self.take(token.request_id)
@@ -133,16 +141,24 @@ class Engine:
         return [completion for completion in done.values() if completion]
 
     def stream(self, request: Request) -> Iterator[Token]:
-        """Decode one request, a token at a time; leaving the loop early frees it."""
+        """Decode one request, a token at a time; leaving the loop early frees it. Several streams may be interleaved.
+
+        Raises VasError if somebody else aborts the request.
+        """
         self.add(request)
+        tokens = self._streams[request.request_id] = deque[Token]()
         try:
             while True:
-                for token in self.step():
-                    if token.request_id == request.request_id:
-                        yield token
-                        if token.finish_reason:
-                            return
+                while tokens:
+                    token = tokens.popleft()
+                    yield token
+                    if token.finish_reason:
+                        return
+                if request.request_id not in self._completions:
+                    raise VasError("the request was aborted", request.request_id)
+                self.step()
         finally:
+            del self._streams[request.request_id]
             self.abort(request.request_id)
 
     def take(self, request_id: str) -> Completion:
@@ -173,8 +189,21 @@ class Engine:
     def step(self) -> list[Token]:
         """Admit what fits, read prompts, then append a token to every sequence that is ready; returns those tokens.
 
-        A request with the schedule `block:b` gets its tokens b at a time.
+        A request with the schedule `block:b` gets its tokens b at a time. If a model fails, what is running
+        goes back to wait, so that the engine can go on without the request that brought it about.
         """
+        try:
+            tokens = self._step()
+        except BaseException:
+            for sequence in [s for s in self._scheduler.running if s.fork == 0]:
+                self._send_back(sequence)
+            raise
+        for token in tokens:
+            if token.request_id in self._streams:
+                self._streams[token.request_id].append(token)
+        return tokens
+
+    def _step(self) -> list[Token]:
         with self.clock.part("overhead"):
             self._preempt()
             self._admit()
@@ -199,15 +228,21 @@ class Engine:
             if sequence.block is None:
                 tokens.append(self._take_in(sequence, each))
             else:
-                tokens.extend(self._hold_back(sequence, sequence.block, each))
-        return tokens
+                sequence.pending.append(each)
+                sequence.resting = self._has_its_share(sequence, each.token)
+        return tokens + self._finish_blocks(sequences)
 
     def _preempt(self) -> None:
         """Send the youngest sequences back to wait, until the others have room for a step."""
         while youngest := self._scheduler.overflowing():
-            self._leave(youngest)
-            youngest.restart()
-            self._scheduler.waiting.appendleft(youngest)
+            self.preempted += 1
+            self._send_back(youngest)
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """Let a running sequence wait again, at the head of the queue."""
+        self._leave(sequence)
+        sequence.restart()
+        self._scheduler.waiting.appendleft(sequence)
 
     def _admit(self) -> None:
         """Let waiting sequences in, with a row in every cache they need."""
@@ -286,28 +321,28 @@ class Engine:
                 self._open(each)
                 self._share(trunk, each, trunk.cached)
 
-    def _hold_back(self, sequence: Sequence, block: Block, drawn: Drawn) -> Iterator[Token]:
-        """Keep a continuation's token until all of its block are there, then choose, and let the others follow."""
-        sequence.pending.append(drawn)
-        sampling, size = sequence.request.sampling, sequence.request.guidance.block_size
-        sequence.resting = (
-            drawn.token in self._base.eos_token_ids
-            or len(sequence.pending) == size
-            or len(sequence.response) == sampling.max_tokens
-        )
-        if not all(each.resting for each in block.continuations):
-            return
-        chosen, tokens = block.choose(self._guide)
-        for one in tokens:
-            token = self._take_in(chosen, one)
-            yield token
-            if token.finish_reason:
-                return
-        for each in block.continuations:
-            each.pending, each.resting = [], False
-            if each is not chosen:
-                each.response = list(chosen.response)
-                self._share(chosen, each, len(chosen) - 1)
+    def _has_its_share(self, sequence: Sequence, token: int) -> bool:
+        """Whether a continuation has all the tokens that its block may have."""
+        request = sequence.request
+        full = len(sequence.pending) == request.guidance.block_size
+        return full or token in self._base.eos_token_ids or len(sequence.response) == request.sampling.max_tokens
+
+    def _finish_blocks(self, sequences: list[Sequence]) -> list[Token]:
+        """Where all continuations have their tokens, choose one, and let the others follow it."""
+        blocks = list(dict.fromkeys(s.block for s in sequences if s.block and s.block.complete))
+        tokens = []
+        for block, (chosen, drawn) in zip(blocks, choose(blocks, self._guide), strict=True):
+            for one in drawn:
+                tokens.append(self._take_in(chosen, one))
+                if tokens[-1].finish_reason:
+                    break
+            else:
+                for each in block.continuations:
+                    each.pending, each.resting = [], False
+                    if each is not chosen:
+                        each.response = list(chosen.response)
+                        self._share(chosen, each, len(chosen) - 1)
+        return tokens
 
     def _leave(self, sequence: Sequence) -> None:
         """Free what a running sequence holds, and its other continuations with it."""

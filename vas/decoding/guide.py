@@ -13,6 +13,8 @@ from vas.decoding.scorer import ScoreBatch, Scorer
 from vas.decoding.sequence import Request, Sequence
 from vas.errors import VasError
 
+LAG = 128  # tokens that a scorer may have missed and still read beside the candidates
+
 
 class Guide:
     """Which steps are guided, what the candidates are worth, and what that makes of log π0.
@@ -26,6 +28,10 @@ class Guide:
         self._eos = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
         self.objectives: dict[str, int] = {}
         """Objective → its place in the last dimension of values."""
+        names = [scorer.name for scorer in scorers]
+        for name in names:
+            if names.count(name) > 1:
+                raise VasError(f"two value models have the name '{name}'", mend="name them apart")
         for scorer in scorers:
             for name in scorer.objectives:
                 if name in self.objectives:
@@ -101,6 +107,7 @@ class Guide:
                 asking = [i for i, b in enumerate(rows) if b in users]
                 if not asking:
                     continue
+                self._catch_up(scorer, [sequences[b] for b in users], unread)
                 first = self.objectives[scorer.objectives[0]]
                 own = slice(first, first + len(scorer.objectives))
                 scored, positions = scorer.score(
@@ -119,6 +126,17 @@ class Guide:
                     sequences[b].read[scorer.name] = len(sequences[b]) - unread
                     sequences[b].completion.scored(scorer.name, count)
         return values
+
+    def _catch_up(self, scorer: Scorer, sequences: Many[Sequence], spared: int) -> None:
+        """Let a scorer read what it has missed for long, so that no pass is wide for the sake of one sequence."""
+        behind = {s: self._unread(s, scorer, spared)[:-1] for s in sequences}
+        for start in range(0, max(map(len, behind.values())), LAG):
+            chunk = {s: tokens[start : start + LAG] for s, tokens in behind.items() if len(tokens) > max(start, LAG)}
+            if chunk:
+                scorer.extend([s.owner for s in chunk], list(chunk.values()))
+            for sequence, tokens in chunk.items():
+                sequence.read[scorer.name] = sequence.read.get(scorer.name, 0) + len(tokens)
+                sequence.completion.scored(scorer.name, len(tokens))
 
     @staticmethod
     def _unread(sequence: Sequence, scorer: Scorer, spared: int) -> tuple[int, ...]:

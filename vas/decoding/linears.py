@@ -7,10 +7,9 @@ units (oneDNN's blocked layout) is read about twice as fast.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from vas.config import Linears
 from vas.decoding import switches
 
-ROWS = (1, 8, 32)  # of a decoding step, by which `fastest` judges
-TIMED_LAYERS = 28
+ROWS = (1, 8, 32, 128)  # of decoding passes, by which `fastest` judges
+TIMED_WEIGHTS = 40_000_000  # more than a processor's cache holds, even with 8 bits each
 
 
 class PackedLinear(nn.Module):
@@ -38,6 +37,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
+        if x.dtype == self._dtype:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         y = torch.ops.mkldnn._linear_pointwise(x.to(self._dtype), self._weight, self._bias, "none", [], "")
         return y.to(x.dtype)
 
@@ -47,9 +48,9 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
-        self._weight = (weight / scale[:, None]).round().to(torch.int8)
-        self._scale, self._bias = scale.bfloat16(), bias
+        self._scale = (weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127).bfloat16()
+        self._weight = (weight.float() / self._scale.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
+        self._bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
@@ -70,10 +71,15 @@ class PlainLinear(nn.Module):
         return F.linear(x, self._weight, self._bias)
 
 
+def _int8(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """8-bit weights where the kernel takes them: other widths than multiples of 16 crash it."""
+    return PackedLinear(weight, bias, weight.dtype) if weight.shape[1] % 16 else Int8Linear(weight, bias)
+
+
 _KINDS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {
     "exact": lambda weight, bias: PackedLinear(weight, bias, weight.dtype),
     "bfloat16": lambda weight, bias: PackedLinear(weight, bias, torch.bfloat16),
-    "int8": Int8Linear,
+    "int8": _int8,
 }
 
 
@@ -97,15 +103,17 @@ def settle(model: nn.Module, kind: Linears) -> Linears:
     """What `fastest` means for this model on this machine: measured, not guessed. Other kinds stay what they are.
 
     Times the first layers, enough of them to overflow a processor's cache, at several numbers of rows,
-    and compares the geometric means.
+    and compares the geometric means. Kinds that are nearly level may win by chance: each process measures.
     """
     if kind != "fastest":
         return kind
-    every: Iterator[Tensor] = (m.weight for m in model.modules() if type(m) is nn.Linear and _packable(m.weight))
-    weights = list(itertools.islice(every, TIMED_LAYERS))
+    weights: list[Tensor] = []
+    for module in model.modules():
+        if type(module) is nn.Linear and _packable(module.weight) and sum(map(Tensor.numel, weights)) < TIMED_WEIGHTS:
+            weights.append(module.weight.detach())
     if not weights:
         return "exact"
-    times = {name: _seconds([make_(w.detach(), None) for w in weights], weights) for name, make_ in _KINDS.items()}
+    times = {name: _seconds([make_(w, None) for w in weights], weights) for name, make_ in _KINDS.items()}
     return cast(Linears, min(times, key=lambda name: times[name]))
 
 

@@ -7,6 +7,7 @@ tokens in a pass, those calls cost as much as a third of the arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from vas.config import Linears
 from vas.decoding import linears, switches
 from vas.decoding.attention import Pass
 
+Product = Callable[[Tensor], Tensor]
 FAMILY = (LlamaModel, MistralModel, Qwen2Model, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 
 
@@ -40,11 +42,11 @@ class _Layer:
     """One decoder layer's weights."""
 
     input_norm: _RMSNorm
-    qkv: nn.Module
-    out: nn.Module
+    qkv: Product
+    out: Product
     mlp_norm: _RMSNorm
-    gate_up: nn.Module
-    down: nn.Module
+    gate_up: Product
+    down: Product
     scale: float
     window: int | None
 
@@ -75,7 +77,8 @@ class FusedLlama:
             _join([mlp.gate_proj, mlp.up_proj], kind, free),
             _join([mlp.down_proj], kind, free),
             attention.scaling,
-            getattr(attention, "sliding_window", None) or getattr(attention.config, "sliding_window", None),
+            # a layer's own word counts, also when it says that it has none
+            getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
         )
 
     def __call__(self, ids_N: Tensor, where: Pass, logits: bool) -> Tensor:
@@ -109,7 +112,7 @@ class _RMSNorm:
 
     def __init__(self, weight_H: Tensor, eps: float) -> None:
         self._weight_H, self._eps, size = weight_H, eps, len(weight_H)
-        self._own = weight_H.is_cuda or weight_H.dtype == torch.bfloat16
+        self._own = weight_H.is_cuda or weight_H.dtype not in (torch.float32, torch.float64)
         self._scaled_H = weight_H * size**0.5
         self._least = weight_H.new_tensor((size * eps) ** 0.5)
 
@@ -121,11 +124,11 @@ class _RMSNorm:
         return torch.div(x_NH, length_N1).mul_(self._scaled_H)
 
 
-def _join(parts: list[nn.Linear], kind: Linears, free: bool) -> nn.Module:
+def _join(parts: list[nn.Linear], kind: Linears, free: bool) -> Product:
     """Linear layers of one input as one layer."""
     weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
     bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
-    joined = linears.make(weight, bias, kind)
+    joined = linears.make(weight, bias, kind).forward  # calling the module would cost more than a small operation
     if free:
         for part in parts:
             part.weight = nn.Parameter(part.weight.new_empty(0), requires_grad=False)

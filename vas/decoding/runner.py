@@ -33,6 +33,13 @@ class HuggingFace:
                 model.config.name_or_path or None,
                 "take a model of another architecture, such as Llama, Qwen, Gemma, Mistral or GPT-2",
             )
+        types = set(getattr(self._backbone.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if types:
+            raise VasError(
+                f"{type(model).__name__} has layers of a type unknown to the engine: {', '.join(sorted(types))}",
+                model.config.name_or_path or None,
+                "take a model whose layers all have full or sliding attention",
+            )
         if free:
             linears.pack(model, kind)
         elif kind != "exact":

@@ -26,7 +26,7 @@ def policy(logits_BV: Tensor, knobs: Many[SamplingParams]) -> Tensor:
     biased = [(b, *item) for b, k in enumerate(knobs) for item in k.logit_bias.items()]
     if biased:
         rows, tokens, amounts = (torch.tensor(each, device=logits_BV.device) for each in zip(*biased, strict=True))
-        logits_BV = logits_BV.float().index_put((rows, tokens), amounts, accumulate=True)
+        logits_BV = logits_BV.float().index_put((rows, tokens), amounts.float(), accumulate=True)
     return guidance.policy_logprobs(
         logits_BV,
         torch.tensor([float(k.temperature) for k in knobs]),

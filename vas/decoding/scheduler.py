@@ -44,7 +44,9 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Let in waiting sequences for which there are places and room; returns them."""
         fresh = len(self.running)
-        while self.waiting and len(self.running) < self._max_sequences and self._fits([*self.running, self.waiting[0]]):
+        places = self._max_sequences - sum(s.fork == 0 for s in self.running)
+        while self.waiting and places > 0 and self._fits([*self.running, self.waiting[0]]):
+            places -= 1
             sequence = self.waiting.popleft()
             if self._sharing:
                 sequence.source, sequence.shared = _best_source(sequence, self.running)
@@ -63,8 +65,8 @@ class Scheduler:
     def prefill(self, budget: int) -> list[tuple[Sequence, int]]:
         """Which sequences read how much of their prompts in one pass, within a budget of tokens.
 
-        Oldest first, as many as fit when all are padded to the longest. A sequence that shares a
-        prefix waits until its source holds it.
+        Oldest first, as many as fit when all are padded to the longest, as attention pads them. A
+        sequence that shares a prefix waits until its source holds it.
         """
         chunks: list[tuple[Sequence, int]] = []
         longest = 0

@@ -130,6 +130,12 @@ class ValueScorer(_InProcess):
         self._offered: dict[Hashable, tuple[Pass, dict[int, int]]] = {}
         """The pass that each sequence was last scored in, and its candidates: token → number among the branches."""
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV held, that of the last candidates included."""
+        passes = {where for where, _ in self._offered.values()}
+        return super().kv_bytes + sum(states.nbytes for where in passes for pair in where.branches for states in pair)
+
     @torch.inference_mode()
     def score(self, batch: ScoreBatch) -> tuple[Tensor, list[int]]:
         """One tree-masked pass; see the module's text."""
@@ -170,6 +176,12 @@ class ValueScorer(_InProcess):
         for where, branches in kept.items():
             self._runner.keep(branches, where)
         return missed
+
+    def extend(self, sequences: Sequence[Hashable], token_ids: list[tuple[int, ...]]) -> None:
+        """Run these tokens for their KV."""
+        super().extend(sequences, token_ids)
+        for sequence in sequences:
+            self._offered.pop(sequence, None)
 
     def share(self, source: Hashable, target: Hashable, length: int) -> None:
         """Copy the KV of a common prefix."""

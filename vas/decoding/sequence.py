@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from vas import config
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 
 MOST_LOGPROBS = 100
+MOST_NATS = 1e4  # of a strength or a bias; far beyond what changes a distribution, far from overflow
+LEAST_TEMPERATURE = 1e-3
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +49,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, good in {
-            "temperature": math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature": self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf,
             "top_p": 0 < self.top_p <= 1,
-            "top_k": self.top_k >= 0,
+            "top_k": _whole(self.top_k) and self.top_k >= 0,
             "min_p": 0 <= self.min_p < 1,
-            "max_tokens": self.max_tokens > 0,
-            "logprobs": 0 <= self.logprobs <= MOST_LOGPROBS,
-            "logit_bias": all(map(math.isfinite, self.logit_bias.values())),
+            "max_tokens": _whole(self.max_tokens) and self.max_tokens > 0,
+            "seed": _whole(self.seed),
+            "logprobs": _whole(self.logprobs) and 0 <= self.logprobs <= MOST_LOGPROBS,
+            "logit_bias": all(_whole(t) and abs(b) <= MOST_NATS for t, b in self.logit_bias.items()),
             "stop": all(self.stop),  # an empty string would stop before the first token
         }.items():
             if not good:
@@ -81,8 +89,10 @@ class GuidanceParams:
         for name, strength in self.objectives.items():
             if not math.isfinite(strength):
                 raise VasError(f"the strength of '{name}' is not finite: {strength}", mend="give a number, e.g. 2")
-        if self.candidates < 1:
-            raise VasError(f"candidates must be at least 1, not {self.candidates}")
+            if abs(strength) > MOST_NATS:
+                raise VasError(f"the strength of '{name}' is out of its range: {strength}", mend="give ±10,000 at most")
+        if not _whole(self.candidates) or self.candidates < 1:
+            raise VasError(f"candidates must be a whole number of at least 1, not {self.candidates}")
         if not 0 < self.candidate_mass <= 1:
             raise VasError(f"candidate_mass is out of its range: {self.candidate_mass}", mend="give 0 < mass <= 1")
         if not re.fullmatch(config.SCHEDULE, self.schedule):

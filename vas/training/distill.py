@@ -33,7 +33,7 @@ class Lesson:
     hidden_NH: Tensor
     tokens_NK: Tensor
     logprobs_NK: Tensor
-    """log π0 of the candidates."""
+    """log π0 of the candidates; -inf for one that doesn't count."""
     values_NKJ: Tensor
 
 
@@ -83,7 +83,7 @@ def distill(
 def _errors(student: ValueModel, lesson: Lesson, some: Tensor) -> tuple[Tensor, Tensor]:
     """π0-weighted squared error of the student's advantages, and what it would be if they were all 0."""
     tokens, logprobs = lesson.tokens_NK[some], lesson.logprobs_NK[some]
-    every = torch.ones_like(tokens, dtype=torch.bool)
+    every = logprobs > guidance.NEVER
     outputs = [cast(VocabHead, head)(lesson.hidden_NH[some]) for head in student.heads]
     found = guidance.advantages(student.next_values(outputs, tokens), logprobs, every)
     wanted = guidance.advantages(lesson.values_NKJ[some], logprobs, every)
@@ -99,7 +99,8 @@ def _lessons(
     candidates: int,
     temperature: float,
 ) -> Iterator[Lesson]:
-    """The teacher's values of the k likeliest tokens at every place of the rollouts, a batch at a time."""
+    """The teacher's values of the candidates at every place of the rollouts, a batch at a time."""
+    eos = torch.tensor(base.eos_token_ids, dtype=torch.long, device=base.model.device)
     policy, value = ModelRunner(base.model), ModelRunner(teacher.backbone)
     for start in range(0, len(rollouts), BATCH):
         batch = rollouts[start : start + BATCH]
@@ -116,12 +117,12 @@ def _lessons(
         places = np.concatenate([len(p) + np.arange(len(r)) for p, r in batch])
         parents = torch.from_numpy(first[index] + places - 1)
         logprobs = torch.log_softmax(logits[parents].float() / temperature, dim=-1)
-        top = logprobs.topk(candidates, dim=-1)
+        asked, valid = guidance.select_candidates(logprobs, torch.full((len(index),), candidates), eos)
         nothing: list[tuple[int, ...]] = [()] * len(batch)
-        flat = top.indices.flatten().cpu().numpy()
-        branches, _ = value.branch(owners, nothing, index.repeat(candidates), flat, places=places.repeat(candidates))
-        values = teacher.values(teacher.outputs(branches)).view(*top.indices.shape, -1)
-        yield Lesson(hidden[parents], top.indices, top.values, values)
+        k, flat = asked.shape[1], asked.flatten().cpu().numpy()
+        branches, _ = value.branch(owners, nothing, index.repeat(k), flat, places=places.repeat(k))
+        values = teacher.values(teacher.outputs(branches)).view(*asked.shape, -1)
+        yield Lesson(hidden[parents], asked, logprobs.gather(1, asked).masked_fill(~valid, guidance.NEVER), values)
         for runner in (policy, value):
             for owner in owners:
                 runner.cache.free(owner)
