@@ -5,8 +5,11 @@
 The base is the bundled 135M model; the value model is its first ten layers with a random head (speed
 does not depend on what it has learned). All cases run in this one process, on the same prompts and
 threads, so their ratios can be compared; absolute figures are this machine's. What guidance is worth at
-each speed is `benchmarks/schedules.py`'s to measure. Needs torch and transformers; on a GPU: --device cuda
---dtype bfloat16. VAS_OFF=NAME,... turns optimisations of the engine off: see `vas/decoding/switches.py`.
+each speed is `benchmarks/schedules.py`'s to measure.
+
+Needs torch and transformers alone, besides gguf and accelerate for the bundled model; or give another
+--model. On a GPU: --device cuda --dtype bfloat16. VAS_OFF=NAME,... turns optimisations of the engine off: see
+`vas/decoding/switches.py`.
 """
 
 from __future__ import annotations

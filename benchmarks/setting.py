@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vas import guidance
-from vas.config import Base, Linears, Prompts, Value
+from vas.choices import Linears
 from vas.decoding.engine import Engine
 from vas.decoding.guide import Guide
 from vas.decoding.scorer import make_scorer
@@ -21,8 +24,8 @@ from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.decoding.sequence import Sequence as Decoded
 from vas.models.base import BaseModel, encode_prompt, load_base
 from vas.models.value import ValueModel, ValueModelConfig
-from vas.prompts import load_prompts
 
+PROMPTS = Path(__file__).parent.parent / "vas" / "data" / "demo_prompts.jsonl"
 MODEL = "bundled:smollm2-135m-instruct"
 CANDIDATES, STRENGTH = 20, 2.0
 
@@ -42,15 +45,17 @@ class Setting:
     @classmethod
     def load(cls, model: str, layers: int, device: str | None, dtype: str) -> Setting:
         """Load the base and make the value model of its first layers."""
-        spec = Base.model_validate({"model": model, "dtype": dtype})
+        spec: Any = SimpleNamespace(model=model, dtype=dtype, revision=None)  # as vas.config.Base, without pydantic
         base = load_base(spec, device)
         base.eos_token_ids = ()
         base.model.generation_config.eos_token_id = None
         objective = {"name": "any", "mean": 0.0, "std": 1.0, "low": -3.0, "high": 3.0, "reward_version": "random"}
-        value = ValueModel.build(Value(layers=layers, head="scalar"), spec, base.tokenizer, [objective])
+        shape: Any = SimpleNamespace(backbone=None, layers=layers, head="scalar", bins=0, label="")
+        value = ValueModel.build(shape, spec, base.tokenizer, [objective])
         torch.nn.init.normal_(value.heads[0].linear.weight, std=0.02)
         value = value.requires_grad_(False).eval().to(base.model.device, base.model.dtype)
-        chats = load_prompts(Prompts(source="bundled:demo"))
+        asked = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
+        chats: list[Any] = [SimpleNamespace(messages=[{"role": "user", "content": each}]) for each in asked]
         return cls(base, value, [tuple(encode_prompt(base.tokenizer, chat)) for chat in chats])
 
     def with_vocab_heads(self) -> ValueModel:

@@ -1,7 +1,11 @@
 """The ways through the engine's models: fused, Hugging Face's own, with optimisations off, and what stays untouched."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from command import ROOT
 from naive import BOTH, guided_setup, mixed_requests, prompts, request, scorers_of
 from tiny import tiny_base, tiny_tokenizer, tiny_value
 from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM
@@ -92,3 +96,25 @@ def test_the_base_model_still_generates_as_before(arch):
     assert after == tokens
     torch.testing.assert_close(logits_after[mask.bool()], logits[mask.bool()])
     assert [done.token_ids for done in engine.generate(requests)] == first, "and the engine decodes as before"
+
+
+def test_the_engine_and_its_benchmark_need_torch_and_transformers_alone():
+    """They never import the library's modules that need pydantic, pyarrow, Ray or DeepSpeed."""
+    script = """
+import sys
+import benchmarks.decoding
+sys.path.insert(0, "tests")
+from tiny import tiny_base, tiny_value
+from vas.decoding.engine import Engine
+from vas.decoding.scorer import make_scorer
+from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
+engine = Engine(tiny_base(), [make_scorer("value", tiny_value())])
+request = Request("r", (5, 6, 7), SamplingParams(max_tokens=4), GuidanceParams({"positive": 1.0}))
+assert engine.generate([request])[0].token_ids
+print(*sorted(name for name in sys.modules if name.split(".")[0] in ("vas", "ray", "deepspeed")))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "vas.decoding.engine" in loaded
+    assert not loaded & {"ray", "deepspeed", "vas.config", "vas.schema", "vas.storage", "vas.prompts"}

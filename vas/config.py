@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vas.choices import SCHEDULE, Linears
 from vas.errors import VasError, nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -27,7 +28,6 @@ class _Section(BaseModel):
 
 
 Strengths = dict[str, float]
-Linears = Literal["exact", "bfloat16", "int8", "fastest"]
 
 
 class Base(_Section):
@@ -124,9 +124,6 @@ class Train(_Section):
     """Train the token embeddings too (they are large, and rarely need it)."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed JSON, merged over ours (`{"zero_optimization": {"stage": 2}}`)."""
-
-
-SCHEDULE = r"token|entropy:\d+(\.\d+)?|block:[1-9]\d*"
 
 
 class Evaluation(_Section):

@@ -14,8 +14,9 @@ import pyarrow.fs as pafs
 
 from vas import storage
 from vas.config import Prompts
+from vas.digests import digest
 from vas.errors import VasError, nearest
-from vas.schema import PROMPT_SCHEMA, Message, Prompt, digest
+from vas.schema import PROMPT_SCHEMA, Message, Prompt
 
 _COLUMNS = ("messages", "prompt", "question", "text")
 _ROLES = ("system", "user", "assistant")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+
+from vas.digests import digest
 
 Message = dict[str, str]
 
@@ -81,11 +82,6 @@ def rollout_schema(objectives: list[str], guided: bool = False) -> pa.Schema:
             *(guidance if guided else []),
         ]
     )
-
-
-def digest(*parts: Any) -> str:
-    """16 hex digits that identify `parts`; unit-separated, so ("ab", "c") differs from ("a", "bc")."""
-    return hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).hexdigest()[:16]
 
 
 def rollout_id(run_seed: int, round: int, prompt_id: str, sample_index: int) -> str:

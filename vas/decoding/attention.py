@@ -99,7 +99,7 @@ class Pass:
         if kept:
             self._cache.write(layer, self._row_N, self.column_N[:kept], key[:kept], value[:kept])
         if self._branching:
-            self.branches.append((key[kept:], value[kept:]))
+            self.branches.append((key[kept:].clone(), value[kept:].clone()))  # views would keep all of the pass
         keys, values = self._cache.read(layer, self._rows, width + self._branching)  # [B, H_kv, columns, D]
         heads, shared, dim = query.shape[1], key.shape[1], query.shape[2]
         # the query heads that share a key head become more queries of it: nothing is repeated

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
-from vas.config import Linears
+from vas.choices import Linears
 from vas.decoding.blocks import Block, choose
 from vas.decoding.clock import Clock
 from vas.decoding.detokenizer import Detokenizer
@@ -31,8 +31,9 @@ class Engine:
 
     max_sequences: how many requests are decoded at once; more wait.
     kv_tokens: tokens that the KV cache of the base model may hold, and that of each value model, counted
-    as allocated (sequences in steps of 8, times the longest one in steps of 64). When they grow out of
-    it, the youngest sequence waits, and later goes on with the tokens it would have had. None for no limit.
+    as allocated (1, 2, 4 or 8 sequences or more in steps of 8, times the longest one in steps of 64). When
+    they grow out of it, the youngest sequence waits, and later goes on with the tokens it would have had.
+    None for no limit. Beside the cache, a value model holds the KV of the last step's candidates.
     prefill_tokens: how many tokens of prompts are read between two decoding steps.
     linears: how the base model's linear layers compute on a CPU, see `linears.py`. free: use up the base
     model's own weights instead of keeping them beside the engine's; only the engine can use it then.
@@ -195,7 +196,8 @@ class Engine:
         try:
             tokens = self._step()
         except BaseException:
-            for sequence in [s for s in self._scheduler.running if s.fork == 0]:
+            trunks = [s for s in self._scheduler.running if s.fork == 0]
+            for sequence in sorted(trunks, key=lambda s: s.number, reverse=True):
                 self._send_back(sequence)
             raise
         for token in tokens:

@@ -102,9 +102,14 @@ class Guide:
         values = torch.zeros(*tokens_BK.shape, len(self.objectives), device=tokens_BK.device)
         with self._clock.part("value"):
             for scorer in self._scorers:
-                users = [b for b, s in enumerate(sequences) if scorer in self.scorers_of(s.request)]
-                users = [b for b in users if b in rows or not sequences[b].blockwise]
-                asking = [i for i, b in enumerate(rows) if b in users]
+                guided = set(rows)
+                users = [
+                    b
+                    for b, s in enumerate(sequences)
+                    if scorer in self.scorers_of(s.request) and (b in guided or not s.blockwise)
+                ]
+                place = {b: i for i, b in enumerate(users)}
+                asking = [i for i, b in enumerate(rows) if b in place]
                 if not asking:
                     continue
                 self._catch_up(scorer, [sequences[b] for b in users], unread)
@@ -114,7 +119,7 @@ class Guide:
                     ScoreBatch(
                         sequences=[sequences[b].owner for b in users],
                         taken=[self._unread(sequences[b], scorer, unread) for b in users],
-                        rows=[users.index(rows[i]) for i in asking],
+                        rows=[place[rows[i]] for i in asking],
                         candidates_BK=tokens_BK[asking],
                         valid_BK=valid_BK[asking],
                         strengths_BJ=strengths_BJ[asking, own],

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vas.config import Linears
+from vas.choices import Linears
 from vas.decoding import switches
 
 ROWS = (1, 8, 32, 128)  # of decoding passes, by which `fastest` judges

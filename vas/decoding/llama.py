@@ -24,7 +24,7 @@ from transformers import (
     Qwen2Model,
 )
 
-from vas.config import Linears
+from vas.choices import Linears
 from vas.decoding import linears, switches
 from vas.decoding.attention import Pass
 

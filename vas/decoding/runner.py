@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vas.config import Linears
+from vas.choices import Linears
 from vas.decoding import attention, linears, llama
 from vas.decoding.attention import Pass
 from vas.decoding.cache import KVCache

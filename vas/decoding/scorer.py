@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vas.config import Linears
+from vas.choices import Linears
 from vas.decoding.attention import Pass
 from vas.decoding.runner import ModelRunner
 from vas.models.value import ValueModel

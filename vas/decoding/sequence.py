@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from vas import config
+from vas.choices import SCHEDULE
 from vas.decoding.detokenizer import Detokenizer
 from vas.errors import VasError
 
 if TYPE_CHECKING:
+    from vas import config
     from vas.decoding.blocks import Block
 
 
@@ -95,7 +96,7 @@ class GuidanceParams:
             raise VasError(f"candidates must be a whole number of at least 1, not {self.candidates}")
         if not 0 < self.candidate_mass <= 1:
             raise VasError(f"candidate_mass is out of its range: {self.candidate_mass}", mend="give 0 < mass <= 1")
-        if not re.fullmatch(config.SCHEDULE, self.schedule):
+        if not re.fullmatch(SCHEDULE, self.schedule):
             raise VasError(f"unknown schedule '{self.schedule}'", mend="give `token`, `entropy:NATS` or `block:TOKENS`")
 
     @property

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from vas import config, schema
+from vas.digests import digest
 from vas.errors import VasError
 from vas.models import bundled
+
+if TYPE_CHECKING:  # the engine runs without the libraries that these need
+    from vas import config, schema
 
 
 @dataclass
@@ -87,7 +90,7 @@ def load_pretrained(auto_class: Any, model: str, revision: str | None = None, **
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Identity of a vocabulary: models share token ids exactly when their digests agree."""
-    return schema.digest(*sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return digest(*sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: schema.Prompt) -> list[int]:

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vas import config, storage
 from vas.errors import VasError
 from vas.models.base import load_pretrained, tokenizer_digest
 from vas.models.heads import CategoricalHead, Head, ScalarHead, StateHead, VocabHead
+
+if TYPE_CHECKING:
+    from vas import config
 
 
 class ValueModelConfig(PreTrainedConfig):
@@ -59,6 +61,8 @@ class ValueModelConfig(PreTrainedConfig):
     @classmethod
     def load(cls, location: str) -> ValueModelConfig:
         """Read a checkpoint's config.json from a local path or a URI."""
+        from vas import storage  # needs pyarrow, which a model at hand does without
+
         return cls(**json.loads(storage.read_bytes(storage.join(location, "config.json"))))
 
     @property
@@ -180,6 +184,8 @@ class ValueModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, location: Any, *args: Any, **kwargs: Any) -> ValueModel:
         """As transformers' own: a local path or a hub id; and a URI such as `s3://` too."""
+        from vas import storage
+
         with storage.local_copy(str(location)) as folder:
             return super().from_pretrained(folder, *args, **kwargs)
 
@@ -189,6 +195,8 @@ class ValueModel(PreTrainedModel):
 
         Raises VasError if there is no value model there.
         """
+        from vas import storage
+
         with storage.local_copy(location) as folder:
             try:
                 kind = AutoConfig.from_pretrained(folder).model_type
@@ -211,6 +219,8 @@ class ValueModel(PreTrainedModel):
         history: list[dict[str, Any]] | None = None,
     ) -> None:
         """Write the checkpoint contract: config, safetensors, tokenizer, model card; and training.json, its history."""
+        from vas import storage
+
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

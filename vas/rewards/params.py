@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vas.digests import digest
 from vas.errors import VasError, nearest
-from vas.schema import digest
 
 
 class Params(BaseModel):

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vas import schema, storage
+from vas.digests import digest
 
 JOB_SCHEMA = pa.schema(
     [
@@ -47,7 +48,7 @@ class Plan:
     def rollout_id(self, prompt: schema.Prompt, sample_index: int) -> str:
         """The identity of one response."""
         base = schema.rollout_id(self.run_seed, self.round, prompt.prompt_id, sample_index)
-        return base if self.setting == BASE_SETTING else schema.digest(base, self.setting)
+        return base if self.setting == BASE_SETTING else digest(base, self.setting)
 
     def missing(self, finished: set[str], sequences: int) -> list[pa.Table]:
         """What is left to sample, in batches of about `sequences` responses."""

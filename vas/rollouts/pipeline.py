@@ -12,6 +12,7 @@ import ray.data
 
 from vas import rewards, schema, storage
 from vas.config import RunConfig
+from vas.digests import digest
 from vas.placement import sampler_actors
 from vas.progress import Tracker
 from vas.rollouts.jobs import Plan, discard_failed, finished_ids
@@ -72,7 +73,7 @@ class Committer:
         self._location = location
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        identity = schema.digest(*table["rollout_id"].to_pylist())
+        identity = digest(*table["rollout_id"].to_pylist())
         storage.write_table(storage.join(self._location, f"{identity}.parquet"), table)
         return pa.table(
             {
