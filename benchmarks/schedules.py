@@ -46,7 +46,7 @@ from vas.schema import Prompt
 from vas.training.distill import distill
 
 BATCH = 64
-DISTILLED = 400  # rollouts
+DISTILLED = 200  # rollouts
 RESAMPLES = 2000
 KEEP = 0.95  # of the gain, for a setting to count as good
 
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--objective", default="positive", help="which reward (default: %(default)s)")
     parser.add_argument("--strength", type=float, default=7.0, help="its β (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=20, help="k of full guidance (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=2, help="responses a prompt (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, help="responses a prompt (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows here, and a figure beside them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     options = parser.parse_args()
@@ -197,15 +197,15 @@ def main() -> None:
     median = round(float(np.median(entropies)), 3)
     ways = [
         replace(full, guide=Guide),
-        Way("k = 8", {"candidates": 8}, material.value),
-        Way("k = 4", {"candidates": 4}, material.value),
-        Way("adaptive k, 0.95", {"candidate_mass": 0.95}, material.value),
-        Way("adaptive k, 0.8", {"candidate_mass": 0.8}, material.value),
         Way("uncertain half", {"schedule": f"entropy:{median}"}, material.value),
         Way("random half", {}, material.value, RandomHalf),
-        Way("uncertain half, k = 8", {"schedule": f"entropy:{median}", "candidates": 8}, material.value),
-        Way("blocks of 8, 4 continuations", {"schedule": "block:8", "candidates": 4}, material.value),
         Way("vocab head", {}, material.vocab),
+        Way("k = 8", {"candidates": 8}, material.value),
+        Way("adaptive k, 0.8", {"candidate_mass": 0.8}, material.value),
+        Way("uncertain half, k = 8", {"schedule": f"entropy:{median}", "candidates": 8}, material.value),
+        Way("k = 4", {"candidates": 4}, material.value),
+        Way("adaptive k, 0.95", {"candidate_mass": 0.95}, material.value),
+        Way("blocks of 8, 4 continuations", {"schedule": "block:8", "candidates": 4}, material.value),
     ]
     case = f"{options.objective} β = {options.strength:g}"
     rows = [
@@ -226,6 +226,7 @@ def main() -> None:
             Row(f"{way.name}: steps guided", "share", steps, ""),
             Row(f"{way.name}: KL", "KL", kl, "nats"),
         ]
+        write(rows, options.json)  # what there is so far, should the rest fail
     for batch in (8, 32):
         speed = speeds(material, ways, batch, 1)
         rows += [Row(f"batch {batch}: generate, no guidance", "throughput", speed["generate"], "tokens/s")]
