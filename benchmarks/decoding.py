@@ -41,7 +41,6 @@ from benchmarks.setting import (
     run,
 )
 from vas.decoding.cache import COLUMNS
-from vas.decoding.engine import Engine
 from vas.decoding.linears import settle
 from vas.decoding.sequence import Request, SamplingParams
 
@@ -234,9 +233,7 @@ def memory(setting: Setting, many: int) -> list[Row]:
         for i, length in enumerate(lengths)
     ]
     requests = [*guided(requests[: many // 2], candidates=8), *requests[many // 2 :]]
-    engine = Engine(
-        setting.base, setting.engine(setting.value, HELD)._scorers, max_sequences=4 * HELD, kv_tokens=HELD * width
-    )
+    engine = setting.engine(setting.value, 4 * HELD, kv_tokens=HELD * width)
     done = engine.generate(requests[: many // 5])
     early, most = _resident(), 0
     for request in requests[many // 5 :]:

@@ -81,9 +81,8 @@ class Engine:
             if name not in self.objectives:
                 raise VasError(f"no value model knows the objective '{name}'", mend=nearest(name, self.objectives))
         scorers = self._guide.scorers_of(request)
-        sequence = self._sequence(request)
         for scorer in scorers:
-            if sequence.blockwise and scorer.relative:
+            if request.guidance.blockwise and scorer.relative:
                 raise VasError(
                     f"the schedule `{request.guidance.schedule}` needs values of whole continuations; "
                     f"{scorer.name} has vocab heads, which only compare next tokens",
@@ -99,25 +98,22 @@ class Engine:
                     where,
                     "shorten the prompt or lower max_tokens",
                 )
-        cache = self._runner.cache
-        if not cache.fits(sequence.rows, longest):
+        cache, rows = self._runner.cache, request.guidance.rows
+        if not cache.fits(rows, longest):
             raise VasError(
-                f"prompt and max_tokens make {longest} tokens, which take {cache.allocated(sequence.rows, longest):,} "
+                f"prompt and max_tokens make {longest} tokens, which take {cache.allocated(rows, longest):,} "
                 f"as allocated, more than the KV cache may hold ({cache.limit:,})",
                 where,
                 "shorten the prompt, lower max_tokens or raise kv_tokens",
             )
-
-    def _sequence(self, request: Request) -> Sequence:
-        text = Detokenizer(self._base.tokenizer, request.sampling.stop)
-        return Sequence(request, self._added, Completion(request.request_id), text)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises VasError as `check` does, or if its id is in use."""
         self.check(request)
         if request.request_id in self._completions:
             raise VasError(f"request id '{request.request_id}' is in use already")
-        sequence = self._sequence(request)
+        text = Detokenizer(self._base.tokenizer, request.sampling.stop)
+        sequence = Sequence(request, self._added, Completion(request.request_id), text)
         self._completions[request.request_id] = sequence.completion
         self._scheduler.waiting.append(sequence)
         self._added += 1

@@ -100,9 +100,9 @@ class Guide:
         the same pass. unread: so many tokens at the ends of the sequences are not read, but candidates.
         """
         values = torch.zeros(*tokens_BK.shape, len(self.objectives), device=tokens_BK.device)
+        guided = set(rows)
         with self._clock.part("value"):
             for scorer in self._scorers:
-                guided = set(rows)
                 users = [
                     b
                     for b, s in enumerate(sequences)

@@ -116,6 +116,16 @@ class GuidanceParams:
         kind, _, size = self.schedule.partition(":")
         return int(size) if kind == "block" else None
 
+    @property
+    def blockwise(self) -> bool:
+        """Whether it guides by blocks."""
+        return bool(self.active) and self.block_size is not None
+
+    @property
+    def rows(self) -> int:
+        """Rows that a request takes in the caches: as many as it has continuations."""
+        return self.candidates if self.blockwise else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -258,14 +268,14 @@ class Sequence:
     @property
     def blockwise(self) -> bool:
         """Whether it is guided by blocks."""
-        return bool(self.request.guidance.active) and self.request.guidance.block_size is not None
+        return self.request.guidance.blockwise
 
     @property
     def rows(self) -> int:
         """Rows that it takes in the caches, its continuations' included."""
         if self.fork:
             return 0  # the first continuation has counted it
-        return self.request.guidance.candidates if self.blockwise else 1
+        return self.request.guidance.rows
 
     def restart(self) -> None:
         """Forget what the caches held, and tokens that were not chosen yet."""
