@@ -3,16 +3,18 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_base, tiny_value
 
+from vas.decoding.cache import KVCache
 from vas.decoding.engine import Engine
 from vas.decoding.sampler import fork, uniforms
 from vas.decoding.scorer import Scorer, make_scorer
-from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
+from vas.decoding.sequence import Completion, GuidanceParams, Request, SamplingParams
 from vas.models.base import BaseModel
 
 NEVER = float("-inf")
@@ -54,6 +56,23 @@ def also_ending_with(base: BaseModel, *tokens: int) -> BaseModel:
 def rows_in_use(engine: Engine) -> list[int]:
     """Rows in use in the cache of the base model and of every scorer."""
     return [len(engine._runner.cache), *(len(scorer._runner.cache) for scorer in engine._scorers)]
+
+
+def drain(engine: Engine, after_step: Callable[[], object] = lambda: None) -> dict[str, Completion]:
+    """Step until nothing is left to do; the completions by their requests' ids."""
+    done = {}
+    while engine.busy:
+        for token in engine.step():
+            if token.finish_reason:
+                done[token.request_id] = engine.take(token.request_id)
+        after_step()
+    return done
+
+
+def assert_within(limit: int, caches: list[KVCache]) -> None:
+    """Each cache takes so many tokens of memory at most."""
+    for rows, _, columns, _ in (cache.keys[0].shape for cache in caches if cache.keys):
+        assert rows * columns <= limit
 
 
 @dataclasses.dataclass
@@ -110,14 +129,18 @@ def naive_policy(logits: list[float], sampling: SamplingParams) -> list[float]:
 def naive_values(model, prefix: list[int], token: int, strengths: dict[str, float], soft: bool) -> dict:
     """Each objective's value of the prefix and a candidate, from one pass over all of it."""
     values = {}
-    if model.scores_vocabulary:  # u(s)·e_a, of the state before the candidate
+    if model.scores_vocabulary:  # u(s)·e_a + w·silu(p(s) + B e_a), of the state before the candidate
         state = model.hidden(torch.tensor([prefix]))[0, -1]
         state = state / state.square().mean().sqrt()
         embedding = model.get_input_embeddings().weight[token]
+        embedding = embedding / (embedding.square().sum().sqrt() or 1.0)  # a token may have none
         for name, head in zip(model.objectives, model.heads, strict=True):
-            u = head.linear.weight @ state + head.linear.bias
-            values[name] = sum(a * b for a, b in zip(u.tolist(), embedding.tolist(), strict=True))
-            values[name] /= math.sqrt(sum(b * b for b in embedding.tolist())) or 1.0  # a token may have none
+            of_state = (head.linear.weight @ state + head.linear.bias).tolist()
+            of_token = [*embedding.tolist(), *(head.token.weight @ embedding).tolist()]
+            size = len(embedding)
+            values[name] = sum(a * b for a, b in zip(of_state[:size], of_token[:size], strict=True))
+            for w, p, b in zip(head.out.weight[0].tolist(), of_state[size:], of_token[size:], strict=True):
+                values[name] += w * (p + b) / (1 + math.exp(-p - b))
         return values
     outputs = model.outputs(model.hidden(torch.tensor([[*prefix, token]]))[0, -1])
     for name, head, output in zip(model.objectives, model.heads, outputs, strict=True):

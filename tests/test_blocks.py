@@ -11,6 +11,8 @@ from naive import (
     ONE,
     TWO,
     assert_same,
+    assert_within,
+    drain,
     guided_setup,
     mixed_requests,
     naive,
@@ -171,11 +173,7 @@ def test_abort_inside_a_block_frees_all_of_its_continuations():
         engine.abort("r")
         assert rows_in_use(engine) == [5, 5, 1]  # positive is the first value model's, formal the second's
         engine.add(asked)  # the id is free again
-        done = {}
-        while engine.busy:
-            for token in engine.step():
-                if token.finish_reason:
-                    done[token.request_id] = engine.take(token.request_id).token_ids
+        done = {name: each.token_ids for name, each in drain(engine).items()}
         assert done == {"r": whole, "token": alone[0], "block": alone[1]}
         assert rows_in_use(engine) == [0, 0, 0]
 
@@ -205,16 +203,11 @@ def test_preempted_blocks_go_on_with_the_same_tokens_within_the_memory_stated(li
     free = Engine(base, scorers_of(models)).generate(requests)
     engine = Engine(base, scorers_of(models), kv_tokens=limit)
     caches = [engine._runner.cache, *(scorer._runner.cache for scorer in engine._scorers)]
-    done, left, leave = {}, [], engine._leave
+    left, leave = [], engine._leave
     engine._leave = lambda sequence: (left.append(sequence), leave(sequence))
     for asked in requests:
         engine.add(asked)
-    while engine.busy:
-        for token in engine.step():
-            if token.finish_reason:
-                done[token.request_id] = engine.take(token.request_id)
-        for rows, _, columns, _ in (cache.keys[0].shape for cache in caches if cache.keys):
-            assert rows * columns <= limit
+    done = drain(engine, lambda: assert_within(limit, caches))
     assert len(left) > len(requests), "the test should preempt"
     for expected in free:
         found = done[expected.request_id]
@@ -237,11 +230,10 @@ def test_a_block_reserves_a_row_for_each_continuation():
     for _ in range(3):
         engine.step()
         assert rows_in_use(engine)[0] <= ROWS - 1, "the second one waits"
-    while engine.busy:
-        engine.step()
+    done = drain(engine)
     for each in fits:
         alone = Engine(base, scorers_of(models)).generate([each])[0]
-        assert engine.take(each.request_id).token_ids == alone.token_ids
+        assert done[each.request_id].token_ids == alone.token_ids
 
 
 def test_blocks_need_values_of_states_and_vocab_heads_have_none():

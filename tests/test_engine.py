@@ -11,6 +11,7 @@ from naive import (
     ONE,
     VOCAB,
     also_ending_with,
+    drain,
     guided_setup,
     mixed_requests,
     prompts,
@@ -186,11 +187,7 @@ def test_abort_frees_a_request_wherever_it_is():
     engine.abort("nobody")
     assert rows_in_use(engine) == [2, 2, 2]
     engine.add(dataclasses.replace(requests[0], request_id="0"))  # the id is free again
-    done = {}
-    while engine.busy:
-        for token in engine.step():
-            if token.finish_reason:
-                done[token.request_id] = engine.take(token.request_id).token_ids
+    done = {name: each.token_ids for name, each in drain(engine).items()}
     assert done == {i: alone[int(i)].token_ids for i in ("0", "1", "2", "4")}
     assert rows_in_use(engine) == [0, 0, 0]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from naive import ALL, BOTH, ONE, guided_setup, prompts, request, rows_in_use, scorers_of
+from naive import ALL, BOTH, ONE, assert_within, drain, guided_setup, prompts, request, rows_in_use, scorers_of
 from tiny import tiny_base
 
 from vas.decoding.cache import COLUMNS, ROWS
@@ -57,16 +57,11 @@ def test_preempted_sequences_go_on_with_the_same_tokens_within_the_memory_stated
     ]
     free = Engine(base, scorers_of(models)).generate(requests)
     engine = Engine(base, scorers_of(models), max_sequences=24, kv_tokens=limit)
-    cache, done, left, leave = engine._runner.cache, {}, [], engine._leave
+    left, leave = [], engine._leave
     engine._leave = lambda sequence: (left.append(sequence), leave(sequence))
     for asked in requests:
         engine.add(asked)
-    while engine.busy:
-        for token in engine.step():
-            if token.finish_reason:
-                done[token.request_id] = engine.take(token.request_id)
-        rows, _, columns, _ = cache.keys[0].shape
-        assert rows * columns <= limit
+    done = drain(engine, lambda: assert_within(limit, [engine._runner.cache]))
     assert len(left) > len(requests), "the test should preempt"
     for expected in free:
         found = done[expected.request_id]

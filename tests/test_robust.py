@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from naive import BOTH, ONE, guided_setup, prompts, request, rows_in_use, scorers_of
+from naive import BOTH, ONE, drain, guided_setup, prompts, request, rows_in_use, scorers_of
 from tiny import tiny_base, tiny_value
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -13,6 +13,15 @@ from vas.decoding.runner import ModelRunner
 from vas.decoding.scorer import ValueScorer
 from vas.decoding.sequence import GuidanceParams, SamplingParams
 from vas.errors import VasError
+
+# keys of a model's config, for models of a few layers that `tiny.py` has not
+SHAPE = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 290,
+}
 
 
 @pytest.mark.parametrize(
@@ -65,11 +74,7 @@ def test_after_a_model_failed_the_others_go_on_with_the_same_tokens():
     with pytest.raises(RuntimeError, match="out of memory"):
         [engine.step() for _ in range(50)]
     engine.abort("1")
-    done = {}
-    while engine.busy:
-        for token in engine.step():
-            if token.finish_reason:
-                done[token.request_id] = engine.take(token.request_id).token_ids
+    done = {name: each.token_ids for name, each in drain(engine).items()}
     assert done == {name: tokens for name, tokens in alone.items() if name != "1"}
     assert rows_in_use(engine) == [0, 0, 0]
 
@@ -146,12 +151,7 @@ def test_a_scorer_that_missed_much_catches_up_in_chunks():
     for _ in range(min(300, len(alone) - 5)):
         engine.step()
     engine.add(request("guided", prompts(4)[0], ONE, max_tokens=2))
-    found = {}
-    while engine.busy:
-        for token in engine.step():
-            if token.finish_reason:
-                found[token.request_id] = engine.take(token.request_id).token_ids
-    assert found["resting"] == alone
+    assert drain(engine)["resting"].token_ids == alone
     assert max(widths) <= 128
 
 
@@ -161,9 +161,9 @@ def test_what_is_not_a_number_does_not_outlive_its_owner():
         cache.add(owner)
         cache.lengths[owner] = 5
     cache.grow(6)
-    states = torch.full((15, 2, 4), float("nan"))
+    states = torch.full((15, 2, 2, 4), float("nan"))
     rows, columns = torch.arange(3).repeat_interleave(5), torch.arange(5).repeat(3)
-    cache.write(0, rows, columns, states, states)
+    cache.write(0, rows, columns, states)
     for owner in "abc":
         cache.free(owner)
     assert cache.keys[0].isfinite().all()
@@ -182,12 +182,8 @@ def test_a_layer_without_a_window_has_none():
     """Qwen2 may use a sliding window in its upper layers only."""
     config = AutoConfig.for_model(
         "qwen2",
-        hidden_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
+        **SHAPE,
         num_hidden_layers=3,
-        vocab_size=290,
         initializer_range=0.35,
         use_sliding_window=True,
         sliding_window=4,
@@ -205,13 +201,9 @@ def test_a_layer_without_a_window_has_none():
 def test_attention_that_does_more_than_ours_is_refused():
     config = AutoConfig.for_model(
         "gpt_oss",
-        hidden_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SHAPE,
         head_dim=8,
-        intermediate_size=32,
         num_hidden_layers=2,
-        vocab_size=290,
         num_local_experts=2,
         num_experts_per_tok=1,
     )

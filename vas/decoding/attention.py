@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -42,15 +43,17 @@ class Pass:
         device = cache.device
         self._cache, self._kept, self._total, self._batch = cache, kept, len(index), len(owners)
         self._width = int(max(column[:kept].max(initial=-1) + 1, column[kept:].max(initial=0)))
-        self._rows = cache.rows(owners)
-        self._row_N = torch.from_numpy(np.array([cache.row_of[owner] for owner in owners])[index[:kept]]).to(device)
+        rows = cache.rows(owners)
+        self._rows = slice(0, len(rows)) if (rows == np.arange(len(rows))).all() else torch.from_numpy(rows).to(device)
+        self._row_N = torch.from_numpy(rows[index[:kept]]).to(device)
         self.column_N = torch.from_numpy(column).to(device)
+        self._kept_column_N = self.column_N[:kept]
         slot = self._shape_padding(index)
         self._slot_N = None if slot is None else torch.from_numpy(slot).to(device)
         self._branching = kept < self._total
-        self._masks: dict[int | None, Tensor] = {}
-        self.branches: list[tuple[Tensor, Tensor]] = []
-        """Keys and values of the branches, a layer each: [branches, heads, head_dim]."""
+        self._masks: dict[tuple[int | None, int, int], Tensor] = {}
+        self.branches: list[Tensor] = []
+        """Keys and values of the branches, a layer each: [branches, 2, heads, head_dim]."""
         cache.grow(self._width + 1)  # the last column read is where a token's score with itself goes
 
     def _shape_padding(self, index: np.ndarray) -> np.ndarray | None:
@@ -77,48 +80,62 @@ class Pass:
         flat = grid_BTX.reshape(-1, *grid_BTX.shape[2:])
         return flat if self._slot_N is None else flat[self._slot_N]
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask over the columns that are read [B, 1, 1, T, columns]; layers share it."""
-        if window not in self._masks:
+    def _mask(self, window: int | None, dtype: torch.dtype, shared: int = 1, group: int = 1) -> Tensor:
+        """Additive mask over the columns that are read [B · shared, 1, T · group, columns]; layers share it."""
+        key = window, shared, group
+        if key not in self._masks:
             # with branches in the pass every token meets itself in the last column, not in its own
-            seen_BT = self._grid(self.column_N if self._branching else self.column_N + 1)
-            columns = torch.arange(self._width + self._branching, device=seen_BT.device)
-            allowed = columns < seen_BT[..., None]
+            seen_BT1 = self._grid(self.column_N if self._branching else self.column_N + 1)[..., None]
+            columns = torch.arange(self._width + self._branching, device=seen_BT1.device)
+            allowed = columns < seen_BT1
             if window is not None:
                 allowed &= columns > self._grid(self.column_N)[..., None] - window
             if self._branching:
                 allowed[..., -1] = True
-            self._masks[window] = additive_mask(allowed[:, None, None], dtype)
-        return self._masks[window]
+            mask = additive_mask(allowed[:, None], dtype)
+            self._masks[key] = mask.repeat_interleave(shared, 0).repeat_interleave(group, 2)
+        return self._masks[key]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, cap: float | None
+        self, layer: int, query: Tensor, states: Tensor, scale: float, window: int | None, cap: float | None
     ) -> Tensor:
-        """One layer's attention. query [N, H, D], key and value [N, H_kv, D] to [N, H, D]."""
-        kept, width = self._kept, self._width
-        if kept:
-            self._cache.write(layer, self._row_N, self.column_N[:kept], key[:kept], value[:kept])
+        """One layer's attention: query [N, H, D], keys and values in one [N, 2, H_kv, D], to [N, H, D]."""
+        if self._kept:
+            self._cache.write(layer, self._row_N, self._kept_column_N, states[: self._kept])
         if self._branching:
-            self.branches.append((key[kept:].clone(), value[kept:].clone()))  # views would keep all of the pass
-        keys, values = self._cache.read(layer, self._rows, width + self._branching)  # [B, H_kv, columns, D]
-        heads, shared, dim = query.shape[1], key.shape[1], query.shape[2]
+            self.branches.append(states[self._kept :].clone())  # a view would keep all of the pass
+        elif cap is None and query.device.type == "cpu":  # a GPU has no kernel for both a mask and shared heads
+            keys, values = self._cache.read(layer, self._rows, self._width)  # [B, H_kv, columns, D]
+            query, mask = self._grid(query).transpose(1, 2), self._mask(window, query.dtype)
+            found = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True)
+            return self._flat(found.transpose(1, 2))
+        return self._attend_stepwise(layer, query, states, scale, window, cap)
+
+    def _attend_stepwise(
+        self, layer: int, query: Tensor, states: Tensor, scale: float, window: int | None, cap: float | None
+    ) -> Tensor:
+        """The same with branches or a cap; what is kept lies in the cache already."""
+        keys, values = self._cache.read(layer, self._rows, self._width + self._branching)  # [B, H_kv, columns, D]
+        heads, shared, dim = query.shape[1], keys.shape[1], query.shape[2]
+        group = heads // shared
         # the query heads that share a key head become more queries of it: nothing is repeated
-        query = (query * scale).view(-1, shared, heads // shared, dim)
-        grouped = self._grid(query).permute(0, 2, 3, 1, 4)  # [B, H_kv, G, T, D]
-        folded = (self._batch, shared, heads // shared * self._longest)
-        scores = (grouped.reshape(*folded, dim) @ keys.transpose(-1, -2)).view(*grouped.shape[:-1], -1)
+        query = query.view(-1, shared, group, dim)
+        folded = self._grid(query).transpose(1, 2).reshape(self._batch * shared, -1, dim)
+        unfolded = (self._batch, shared, self._longest, group, -1)
+        mask = self._mask(window, query.dtype, shared, group).squeeze(1)
+        transposed = keys.flatten(0, 1).transpose(1, 2)
+        scores = torch.baddbmm(mask, folded, transposed, beta=1 if cap is None else 0, alpha=scale)
         if self._branching:
-            itself = (query * key[:, :, None]).sum(-1)
-            scores[..., -1] = self._grid(itself).permute(0, 2, 3, 1)
+            itself = (query * states[:, 0, :, None]).sum(-1).mul_(scale)  # [N, H_kv, G]
+            scores.view(unfolded)[..., -1] = self._grid(itself).transpose(1, 2)
         if cap is not None:
-            scores = torch.tanh(scores / cap) * cap
-        weights = torch.softmax(scores.add_(self._mask(window, query.dtype)), dim=-1, dtype=torch.float32)
-        weights = weights.to(query.dtype)
-        found = (weights[..., :width].reshape(*folded, width) @ values[:, :, :width]).view(grouped.shape)
-        result = self._flat(found.permute(0, 3, 1, 2, 4))  # [N, H_kv, G, D]
+            scores = torch.tanh(scores / cap) * cap + mask
+        weights = torch.softmax(scores, dim=-1)
+        found = torch.bmm(weights[..., : self._width], values[:, :, : self._width].flatten(0, 1))
+        result = self._flat(found.view(unfolded).transpose(1, 2))  # [N, H_kv, G, D]
         if self._branching:
-            own = self._flat(weights[..., -1].permute(0, 3, 1, 2))
-            result = torch.addcmul(result, own[..., None], value[:, :, None])
+            own = self._flat(weights.view(unfolded)[..., -1].transpose(1, 2))
+            result = torch.addcmul(result, own[..., None], states[:, 1, :, None])
         return result.reshape(-1, heads, dim)
 
 
@@ -142,8 +159,9 @@ def attend(
         if kwargs.get(name) is not None:
             raise VasError(f"the attention of a {module.config.model_type} model needs `{name}`, unknown to the engine")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    result = vas_pass.attend(int(module.layer_idx), query, key, value, scale, sliding_window, softcap)
+    states = torch.stack((key.squeeze(0), value.squeeze(0))).permute(2, 0, 1, 3)
+    query = query.squeeze(0).transpose(0, 1)
+    result = vas_pass.attend(int(module.layer_idx), query, states, scale, sliding_window, softcap)
     return result[None], None
 
 

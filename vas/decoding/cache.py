@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 ROWS, COLUMNS = 8, 64  # the cache grows by so many at a time
-Rows = slice | Tensor
 
 
 class KVCache:
@@ -24,8 +24,7 @@ class KVCache:
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
         self.device, self.limit = device, limit
-        self.keys: list[Tensor] = []  # a layer each: [rows, heads, columns, head_dim]
-        self.values: list[Tensor] = []
+        self._layers: list[Tensor] = []  # keys and values of each: [2, rows, heads, columns, head_dim]
         self.row_of: dict[Hashable, int] = {}
         self.lengths: dict[Hashable, int] = {}
         self._owners: list[Hashable] = []
@@ -33,6 +32,16 @@ class KVCache:
 
     def __len__(self) -> int:
         return len(self._owners)
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """The keys of each layer: [rows, heads, columns, head_dim]."""
+        return [layer[0] for layer in self._layers]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """The values of each layer: [rows, heads, columns, head_dim]."""
+        return [layer[1] for layer in self._layers]
 
     def fits(self, rows: int, width: int) -> bool:
         """Whether so many sequences of up to `width` tokens, and a spare column, stay within the limit."""
@@ -73,34 +82,33 @@ class KVCache:
         self._copy(self.row_of[source], self.row_of[target], length)
 
     def _copy(self, source: int, target: int, length: int) -> None:
-        for layer in (*self.keys, *self.values):
-            layer[target, :, :length] = layer[source, :, :length]
+        for layer in self._layers:
+            layer[:, target, :, :length] = layer[:, source, :, :length]
 
     def _clear(self, row: int, start: int, stop: int) -> None:
         """Forget a freed row's tokens: one that is not a number would reach the next owner through any mask."""
-        for layer in (*self.keys, *self.values):
-            layer[row, :, start:stop] = 0
+        for layer in self._layers:
+            layer[:, row, :, start:stop] = 0
 
-    def rows(self, owners: Sequence[Hashable]) -> Rows:
-        """The rows of some sequences, for `read` and `write`; a slice where they are the first, in order."""
-        rows = [self.row_of[owner] for owner in owners]
-        return slice(0, len(rows)) if rows == list(range(len(rows))) else torch.tensor(rows, device=self.device)
+    def rows(self, owners: Sequence[Hashable]) -> np.ndarray:
+        """The rows of some sequences."""
+        return np.array([self.row_of[owner] for owner in owners])
 
-    def write(self, layer: int, row_N: Tensor, column_N: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
+    def write(self, layer: int, row_N: Tensor, column_N: Tensor, states_N2HD: Tensor) -> None:
         """Store a layer's keys and values of N tokens at their places; `grow` comes before."""
-        for store, states_NHD in ((self.keys, key_NHD), (self.values, value_NHD)):
-            if layer == len(store):  # only now is known what a layer's states look like
-                rows, columns = self._shape
-                store.append(states_NHD.new_zeros((rows, states_NHD.shape[1], columns, states_NHD.shape[2])))
-            store[layer].transpose(1, 2)[row_N, column_N] = states_NHD
+        if layer == len(self._layers):  # only now is known what a layer's states look like
+            (rows, columns), (_, _, heads, dim) = self._shape, states_N2HD.shape
+            self._layers.append(states_N2HD.new_zeros((2, rows, heads, columns, dim)))
+        self._layers[layer].permute(1, 3, 0, 2, 4)[row_N, column_N] = states_N2HD
 
-    def read(self, layer: int, rows: Rows, width: int) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, rows: slice | Tensor, width: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values: [B, heads, width, head_dim]; columns without a token hold anything finite."""
-        return self.keys[layer][rows, :, :width], self.values[layer][rows, :, :width]
+        keys, values = self._layers[layer][:, rows, :, :width].unbind()  # sooner than to iterate over it
+        return keys, values
 
     def memory(self) -> int:
         """Bytes held."""
-        return sum(layer.nbytes for layer in (*self.keys, *self.values))
+        return sum(layer.nbytes for layer in self._layers)
 
     def grow(self, width: int) -> None:
         """Make room for every sequence that has a row, and for `width` columns."""
@@ -113,11 +121,11 @@ class KVCache:
             shape = _rows(rows), _up(max(width, *self.lengths.values()), COLUMNS)
             assert shape[0] * shape[1] <= self.limit, "fits() comes before a row or a column more"
         self._shape = shape
-        for store in (self.keys, self.values):
-            for i, layer in enumerate(store):
-                held = layer[: shape[0], :, : shape[1]]
-                store[i] = layer.new_zeros((shape[0], layer.shape[1], shape[1], layer.shape[3]))
-                store[i][: held.shape[0], :, : held.shape[2]] = held
+        for i, layer in enumerate(self._layers):
+            held = layer[:, : shape[0], :, : shape[1]]
+            grown = layer.new_zeros((2, shape[0], layer.shape[2], shape[1], layer.shape[4]))
+            grown[:, : held.shape[1], :, : held.shape[3]] = held
+            self._layers[i] = grown
 
 
 def _rows(number: int) -> int:

@@ -63,15 +63,15 @@ class FusedLlama:
         self._embed, self._rotary = backbone.embed_tokens, backbone.rotary_emb
         self._norm = _RMSNorm(backbone.norm.weight, config.rms_norm_eps)
         self._heads, self._shared = config.num_attention_heads, config.num_key_value_heads
+        self._dim: int = backbone.layers[0].self_attn.head_dim
         self._layers = [self._layer(layer, kind, free) for layer in backbone.layers[: config.num_hidden_layers]]
         self._head = _join([cast(Any, model).lm_head], kind, free) if model is not backbone else None
 
-    @staticmethod
-    def _layer(layer: Any, kind: Linears, free: bool) -> _Layer:
+    def _layer(self, layer: Any, kind: Linears, free: bool) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         return _Layer(
             _RMSNorm(layer.input_layernorm.weight, attention.config.rms_norm_eps),
-            _join([attention.q_proj, attention.k_proj, attention.v_proj], kind, free),
+            _join([attention.q_proj, attention.k_proj, attention.v_proj], kind, free, self._in_pairs()),
             _join([attention.o_proj], kind, free),
             _RMSNorm(layer.post_attention_layernorm.weight, attention.config.rms_norm_eps),
             _join([mlp.gate_proj, mlp.up_proj], kind, free),
@@ -81,22 +81,25 @@ class FusedLlama:
             getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
         )
 
+    def _in_pairs(self) -> Tensor:
+        """An order of queries, keys and values in which numbers of a query or a key that turn together are neighbours.
+
+        Scores stay as they are: queries and keys are reordered alike.
+        """
+        turning = self._heads + self._shared
+        places = torch.arange((turning + self._shared) * self._dim).view(-1, 2, self._dim // 2)
+        return torch.cat([places[:turning].transpose(1, 2).flatten(), places[turning:].flatten()])
+
     def __call__(self, ids_N: Tensor, where: Pass, logits: bool) -> Tensor:
         """Logits [N, V], or hidden states after the last norm [N, H]."""
         h = self._embed(ids_N)
-        cos, sin = (each.squeeze(0)[:, None] for each in self._rotary(h, where.column_N[None]))
-        half = cos.shape[-1] // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)  # for states that are rolled, not negated
-        queries = self._heads
-        rotated = queries + self._shared
+        turn_N1D = self._turns(h, where.column_N)
+        tokens, queries, half = len(h), self._heads, self._dim // 2
         for number, layer in enumerate(self._layers):
-            x = layer.input_norm(h)
-            states = layer.qkv(x).view(len(h), rotated + self._shared, -1)
-            turning = states[:, :rotated]
-            turned = torch.addcmul(turning * cos, turning.roll(half, -1), sin)
-            found = where.attend(
-                number, turned[:, :queries], turned[:, queries:], states[:, rotated:], layer.scale, layer.window, None
-            )
+            states = layer.qkv(layer.input_norm(h)).view(tokens, -1, self._dim)
+            _turn(states[:, : queries + self._shared].view(tokens, -1, half, 2), turn_N1D)
+            pairs = states[:, queries:].view(tokens, 2, self._shared, self._dim)
+            found = where.attend(number, states[:, :queries], pairs, layer.scale, layer.window, None)
             h += layer.out(found.flatten(1))
             gate, up = layer.gate_up(layer.mlp_norm(h)).chunk(2, dim=-1)
             h += layer.down(F.silu(gate).mul_(up))
@@ -105,6 +108,20 @@ class FusedLlama:
             return h
         assert self._head is not None, "a backbone has no logits"
         return self._head(h)
+
+    def _turns(self, h: Tensor, column_N: Tensor) -> Tensor:
+        """By what rotary position embeddings turn each pair of numbers at these places: [N, 1, D / 2], complex."""
+        exact = torch.promote_types(h.dtype, torch.float32)  # there are no smaller complex numbers
+        cos, sin = (each[0, :, None, : self._dim // 2].to(exact) for each in self._rotary(h, column_N[None]))
+        return torch.complex(cos, sin)
+
+
+def _turn(pairs: Tensor, turn: Tensor) -> None:
+    """Turn pairs of numbers [..., 2] by complex ones [...], in place."""
+    if pairs.dtype in (torch.float32, torch.float64):
+        torch.view_as_complex(pairs).mul_(turn)
+    else:
+        pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turn))
 
 
 class _RMSNorm:
@@ -124,10 +141,12 @@ class _RMSNorm:
         return torch.div(x_NH, length_N1).mul_(self._scaled_H)
 
 
-def _join(parts: list[nn.Linear], kind: Linears, free: bool) -> Product:
-    """Linear layers of one input as one layer."""
+def _join(parts: list[nn.Linear], kind: Linears, free: bool, order: Tensor | None = None) -> Product:
+    """Linear layers of one input as one layer; order: of its outputs."""
     weight = torch.cat([part.weight for part in parts]) if len(parts) > 1 else parts[0].weight
     bias = torch.cat([part.bias for part in parts]) if parts[0].bias is not None else None
+    if order is not None:
+        weight, bias = weight[order], None if bias is None else bias[order]
     joined = linears.make(weight, bias, kind).forward  # calling the module would cost more than a small operation
     if free:
         for part in parts:

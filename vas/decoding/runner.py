@@ -136,5 +136,5 @@ class ModelRunner:
             self.cache.lengths[owner] += 1
         self.cache.grow(max(self.cache.lengths[owner] for owner in branches))
         chosen = as_tensor(list(branches.values()))
-        for layer, (keys, values) in enumerate(where.branches):
-            self.cache.write(layer, rows, columns, keys[chosen], values[chosen])
+        for layer, states in enumerate(where.branches):
+            self.cache.write(layer, rows, columns, states[chosen])

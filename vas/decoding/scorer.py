@@ -134,7 +134,7 @@ class ValueScorer(_InProcess):
     def kv_bytes(self) -> int:
         """Bytes of KV held, that of the last candidates included."""
         passes = {where for where, _ in self._offered.values()}
-        return super().kv_bytes + sum(states.nbytes for where in passes for pair in where.branches for states in pair)
+        return super().kv_bytes + sum(states.nbytes for where in passes for states in where.branches)
 
     @torch.inference_mode()
     def score(self, batch: ScoreBatch) -> tuple[Tensor, list[int]]:
