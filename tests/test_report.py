@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from vas.evaluation.findings import composed, findings
 from vas.evaluation.grouping import group, number
 from vas.evaluation.report import ReportData, SampleColumn, SamplePrompt, SampleToken, render_report
 from vas.evaluation.results import Result
+from vas.evaluation.trust import judge
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TWO = ["positive", "concise"]
@@ -61,26 +63,37 @@ def history(objectives, explained=0.43):
     return [{"epoch": e + 1, "losses": [3 / (i + 1) for i in range(30)], "held_out": metrics} for e in range(2)]
 
 
+def trust(objectives, scatter=0.5):
+    """V that is right but for a scatter, of 20 prefixes with 10 completions each; nothing varies without one."""
+    generator = np.random.default_rng(0)
+    found = []
+    for name in objectives:
+        value = scatter * generator.normal(size=20)
+        rewards = [each + scatter * generator.normal(size=10) for each in value]
+        found.append(judge(name, value, rewards, np.full(20, 0.25), value, value, resamples=20, seed=0))
+    return found
+
+
 def page(objectives=TWO, figures=None, metrics=None, rows=None, **other):
     data = {
         "title": "demo", "about": {"base model": "Tiny LM"}, "stages": {"rollouts": 95.0},
         "config_yaml": "name: demo",
         "results": results(objectives) if rows is None else rows, "objectives": objectives,
-        "figures": figures or {}, "held_out_metrics": metrics or {}, "samples": [],
+        "figures": figures or {}, "held_out_metrics": metrics or {}, "trust": [], "samples": [],
     }  # fmt: skip
     return render_report(ReportData(**data | other))
 
 
 @pytest.fixture(scope="module")
 def figures():
-    return draw_all(results(TWO), held_out(TWO), history(TWO))
+    return draw_all(results(TWO), held_out(TWO), history(TWO), trust(TWO))
 
 
 def test_every_figure_is_a_png_of_some_size(figures):
     assert list(figures) == [
         "reward_vs_kl_positive.png", "reward_vs_compute_positive.png",
         "reward_vs_kl_concise.png", "reward_vs_compute_concise.png",
-        "trade_off.png", "calibration.png", "explained_variance.png", "learning_curve.png",
+        "trade_off.png", "calibration.png", "explained_variance.png", "trust.png", "learning_curve.png",
     ]  # fmt: skip
     for name, content in figures.items():
         assert content.startswith(PNG), name
@@ -88,7 +101,7 @@ def test_every_figure_is_a_png_of_some_size(figures):
 
 
 def test_one_objective_has_no_trade_off():
-    drawn = draw_all(results(["positive"]), held_out(["positive"]), history(["positive"]))
+    drawn = draw_all(results(["positive"]), held_out(["positive"]), history(["positive"]), [])
     assert "trade_off.png" not in drawn
     assert len(drawn) == 5
     text = page(["positive"], drawn, held_out(["positive"]))
@@ -96,7 +109,7 @@ def test_one_objective_has_no_trade_off():
 
 
 def test_no_training_no_figures_of_it():
-    assert set(draw_all(results(["positive"]), {}, [])) == {
+    assert set(draw_all(results(["positive"]), {}, [], [])) == {
         "reward_vs_kl_positive.png",
         "reward_vs_compute_positive.png",
     }
@@ -106,11 +119,11 @@ def test_no_training_no_figures_of_it():
 def test_figures_bear_nan_and_odd_names():
     names = ["$a_b$ / ../c", "_hidden"]
     rows = [*results(names), result("vas", {names[0]: -4.0}, names[0], math.nan, kl=math.nan)]
-    drawn = draw_all(rows, held_out(names, math.nan), history(names, math.nan))
-    assert len(drawn) == 8
+    drawn = draw_all(rows, held_out(names, math.nan), history(names, math.nan), trust(names, scatter=0.0))
+    assert len(drawn) == 9
     for name in drawn:
         assert re.fullmatch(r"[A-Za-z0-9_-]+\.png", name)
-    text = page(names, drawn, held_out(names, math.nan), rows)
+    text = page(names, drawn, held_out(names, math.nan), rows, trust=trust(names, scatter=0.0))
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
 
 
@@ -123,6 +136,20 @@ def test_page_holds_figures_and_asks_for_nothing_outside(figures):
     text = page(figures=figures, metrics=held_out(TWO))
     assert text.count("data:image/png;base64,iVBOR") == len(figures)
     assert not re.search(r"https?://|<script|<link|url\(", text)
+
+
+def test_trust_has_a_row_a_figure_and_a_column_an_objective():
+    found = trust(TWO)
+    text = page(metrics=held_out(TWO), trust=found)
+    table = text.split('<section id="trust">')[1].split("</table>")[0]
+    assert re.findall(r'<th scope="col">([^<]*)</th>', table)[1:] == TWO
+    explained = [f"{each.explained_variance:.2f}" for each in found]
+    assert re.search(rf"<td>explained variance[^<]*</td><td>{explained[0]} \[.*</td><td>{explained[1]} \[", table)
+    assert "<td>spread of V over the candidates</td><td>0.25</td><td>0.25</td>" in table
+    assert "20 held-out responses were cut" in text
+    assert '<section id="trust">' not in page()
+    three = draw_all(results(["a"]), {}, [], trust(["a", "b", "c"]))["trust.png"]
+    assert three.startswith(PNG)
 
 
 def test_headline_is_computed():

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vas.evaluation import figure_style as style
+from vas.evaluation.trust import Trust
 
 
 @style.styled
@@ -35,13 +36,36 @@ def calibration(held_out_metrics: dict[str, Any]) -> Figure:
             **_look(j),
             label=f"{style.short(name)}: {_explains(metrics['explained_variance'])}",
         )
-    finite = [end for end in ends if np.isfinite(end)] or [-1.0, 1.0]
-    margin = 0.06 * (max(finite) - min(finite)) or 0.1
-    low, high = min(finite) - margin, max(finite) + margin
-    axes.plot([low, high], [low, high], **style.REFERENCE)
-    axes.set_xlim(low, high)
-    axes.set_ylim(low, high)
+    _diagonal(axes, ends)
     _legend(axes, loc="upper left")
+    return figure
+
+
+@style.styled
+def come_true(trust: list[Trust]) -> Figure:
+    """V of half-finished responses against the mean reward of their completions; a panel an objective."""
+    columns = min(len(trust), 2)
+    rows = -(-len(trust) // columns)
+    figure = style.new_figure(4.4 * rows + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for j, (axes, each) in enumerate(zip(panels, trust, strict=False)):
+        share = f"explains {100 * each.explained_variance:.0f} %" if np.isfinite(each.explained_variance) else "–"
+        most = f" of at most {100 * each.ceiling:.0f} %" if np.isfinite(each.ceiling) else ""
+        style.entitle(
+            axes, f"{style.short(each.objective, 24)}: does it come true?", f"V {share}{most} of the variance."
+        )
+        value, reward, error = (np.array([point[key] for point in each.points]) for key in ("value", "reward", "error"))
+        look = _look(j)
+        axes.errorbar(
+            value, reward, error, fmt=look["marker"], color=look["color"], alpha=0.45, markersize=5,
+            markeredgecolor="white", elinewidth=1, zorder=2,
+        )  # fmt: skip
+        axes.plot([b["value"] for b in each.calibration], [b["reward"] for b in each.calibration], **look)
+        _diagonal(axes, [*value, *(reward - error), *(reward + error)])
+        axes.set_xlabel("V at half the response, standard deviations")
+        axes.set_ylabel("mean reward of completions")
+    for axes in panels[len(trust) :]:
+        axes.set_axis_off()
     return figure
 
 
@@ -127,6 +151,16 @@ def _running_mean(steps: np.ndarray, losses: np.ndarray, window: int) -> tuple[n
     """The mean of each `window` steps, drawn at their middle."""
     middle = steps[: len(steps) - window + 1] + (window - 1) / 2
     return middle, np.convolve(losses, np.ones(window) / window, mode="valid")
+
+
+def _diagonal(axes: Axes, ends: list[float]) -> None:
+    """The line of perfection, in a square that holds these numbers."""
+    finite = [end for end in ends if np.isfinite(end)] or [-1.0, 1.0]
+    margin = 0.06 * (max(finite) - min(finite)) or 0.1
+    low, high = min(finite) - margin, max(finite) + margin
+    axes.plot([low, high], [low, high], **style.REFERENCE)
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
 
 
 def _explains(share: float) -> str:

@@ -24,6 +24,7 @@ from vas.evaluation.grouping import (
     times,
 )
 from vas.evaluation.results import Result
+from vas.evaluation.trust import ROWS, Trust
 
 _FULL_SHADE = 4.0  # nats of shift from which a token is shaded as strongly as can be
 _LEAST_SHIFT = 0.05  # nats below which it is not shaded
@@ -73,6 +74,8 @@ class ReportData:
     """File name → PNG, in reading order (see `figures.draw_all`)."""
     held_out_metrics: dict[str, Any]
     """As `Held.report` gives it."""
+    trust: list[Trust]
+    """An entry an objective; none if it was not measured."""
     samples: list[SamplePrompt]
 
 
@@ -96,6 +99,8 @@ def render_report(data: ReportData) -> str:
         families=_table(data.results, data.objectives, places),
         figures=[_figure(name, png) for name, png in data.figures.items()],
         quality=[_quality(name, metrics) for name, metrics in data.held_out_metrics.items()],
+        trust=data.trust,
+        trust_rows=[(name, [cell(each) for each in data.trust]) for name, cell in ROWS.items()],
         samples=[_sample(sample, places) for sample in data.samples],
     )
 
@@ -156,6 +161,8 @@ _CAPTIONS = {
     "sets both strengths per request, with the same value models.",
     "calibration": "States of held-out responses in bins of equal count, ordered by predicted value. "
     "Steeper than the diagonal: the value model is too timid; flatter: too bold.",
+    "trust": "Responses cut at half their length, which the base model then completed several times. Thin bars are "
+    "one standard error of the mean; the line joins the means of five bins.",
     "explained_variance": "The further a response has gone, the more is settled. Guidance needs values "
     "that are informative early on.",
     "learning_curve": "If held-out explained variance falls while the loss still falls, the value model overfits.",
@@ -176,6 +183,7 @@ def _quality(name: str, metrics: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "explained": number(metrics["explained_variance"], 3),
         "quarters": [number(share, 2) for share in metrics["by_quarter"]],
+        "ranks": number(metrics.get("rank_correlation", math.nan), 3),  # older value models have none
         "gap": number(gap, 2),
         "states": f"{states:,}",
     }

@@ -13,17 +13,21 @@ from vas import storage
 from vas.config import RunConfig
 from vas.errors import VasError
 from vas.evaluation import console, samples
+from vas.evaluation.completions import measure
 from vas.evaluation.figures import draw_all
 from vas.evaluation.flops import parameters_per_position
+from vas.evaluation.grouping import number
 from vas.evaluation.methods import Judge, Row
 from vas.evaluation.report import ReportData, render_report
 from vas.evaluation.results import Result, to_table
+from vas.evaluation.trust import Trust
 from vas.models.base import load_pretrained, load_tokenizer
 from vas.models.value import ValueModelConfig
 from vas.progress import console as terminal
-from vas.rollouts.jobs import Plan, read_rollouts, setting_key
+from vas.rollouts.jobs import Plan, by_prompt, read_rollouts, setting_key
 from vas.rollouts.pipeline import sample
 from vas.schema import Prompt
+from vas.training.history import best
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class Inputs:
 
 
 def evaluate(config: RunConfig, prompts: list[Prompt], inputs: Inputs) -> list[Result]:
-    """Decode the held-out prompts in every setting, and compare with base and best-of-N.
+    """Decode the held-out prompts in every setting, compare with base and best-of-N, and see whether values come true.
 
-    Writes responses/, results.parquet, figures/ and report.html under `inputs.output`.
+    Writes responses/, completions/, results.parquet, trust.json, figures/ and report.html under `inputs.output`.
     """
     held_out = [prompt for prompt in prompts if prompt.held_out]
     plans = [
@@ -50,20 +54,25 @@ def evaluate(config: RunConfig, prompts: list[Prompt], inputs: Inputs) -> list[R
     ]
     responses = storage.join(inputs.output, "responses")
     sample(config, plans, responses, "evaluation", value=inputs.value)
-    base = _by_prompt(read_rollouts(inputs.rollouts).filter(pc.field("held_out")).to_pylist())
+    base = by_prompt(read_rollouts(inputs.rollouts).filter(pc.field("held_out")))
     answers = read_rollouts(responses)
-    guided = {
-        plan.setting: _by_prompt(answers.filter(pc.field("setting") == plan.setting).to_pylist()) for plan in plans
-    }
+    guided = {plan.setting: by_prompt(answers.filter(pc.field("setting") == plan.setting)) for plan in plans}
     if not base or not all(guided.values()):
         raise VasError("every response of some setting failed", responses, "see the `error` column")
     results = compare(config, base, guided, inputs)
-    report = _report(config, base, guided, results, held_out, inputs)
+    trust = measure(config, held_out, base, inputs.value, inputs.output)
+    report = _report(config, base, guided, results, trust, held_out, inputs)
     storage.write_table(storage.join(inputs.output, "results.parquet"), to_table(results))
     for name, figure in report.figures.items():
         storage.write_bytes(storage.join(inputs.output, "figures", name), figure)
     storage.write_bytes(storage.join(inputs.output, "report.html"), render_report(report).encode())
     terminal.print(console.results_table(results))
+    for each in trust:
+        terminal.print(
+            f"{each.objective}: V of half-finished responses explains {number(each.explained_variance, 2)} "
+            f"of the variance, a perfect V {number(each.ceiling, 2)}",
+            highlight=False,
+        )
     return results
 
 
@@ -96,11 +105,12 @@ def _report(
     base: dict[str, list[Row]],
     guided: dict[str, dict[str, list[Row]]],
     results: list[Result],
+    trust: list[Trust],
     held_out: list[Prompt],
     inputs: Inputs,
 ) -> ReportData:
     history: list[dict[str, Any]] = json.loads(storage.read_bytes(storage.join(inputs.value, "training.json")))
-    metrics = history[-1]["held_out"] if history else {}
+    metrics = history[best(history)]["held_out"] if history else {}
     return ReportData(
         title=config.name,
         about=inputs.about,
@@ -108,8 +118,9 @@ def _report(
         config_yaml=config.yaml(),
         results=results,
         objectives=list(config.rewards),
-        figures=draw_all(results, metrics, history),
+        figures=draw_all(results, metrics, history, trust),
         held_out_metrics=metrics,
+        trust=trust,
         samples=samples.side_by_side(
             held_out,
             base,
@@ -119,12 +130,3 @@ def _report(
             config.evaluation.samples_shown,
         ),
     )
-
-
-def _by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows that did not fail, by prompt, ordered by sample."""
-    found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["sample_index"]):
-        if row["error"] is None:
-            found.setdefault(row["prompt_id"], []).append(row)
-    return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +21,7 @@ JOB_SCHEMA = pa.schema(
         ("sample_index", pa.list_(pa.int32())),
         ("rollout_id", pa.list_(pa.string())),
         ("seed", pa.list_(pa.int64())),
+        ("prefix_token_ids", pa.list_(pa.list_(pa.int32()))),  # what each response begins with already
     ]
 )
 
@@ -35,8 +37,8 @@ def setting_key(strengths: dict[str, float]) -> str:
 class Plan:
     """Responses to sample: `samples` a prompt, under one setting of β.
 
-    The random numbers of a sample are a function of (seed, prompt, sample_index) alone, so
-    settings are compared under the same ones.
+    The random numbers of a sample are a function of (seed, prompt, sample_index) and its prefix alone,
+    so settings are compared under the same ones.
     """
 
     prompts: list[schema.Prompt]
@@ -44,11 +46,20 @@ class Plan:
     run_seed: int
     round: int = 0
     setting: str = BASE_SETTING
+    prefixes: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    """Roll-in: prompt id → the tokens that each of its samples begins with; none for a prompt that is not named."""
 
     def rollout_id(self, prompt: schema.Prompt, sample_index: int) -> str:
         """The identity of one response."""
-        base = schema.rollout_id(self.run_seed, self.round, prompt.prompt_id, sample_index)
+        base = self._draw_id(prompt, sample_index)
         return base if self.setting == BASE_SETTING else digest(base, self.setting)
+
+    def _draw_id(self, prompt: schema.Prompt, sample_index: int) -> str:
+        """What the random numbers of a response hang on: not those again that its prefix was drawn with."""
+        base = schema.rollout_id(self.run_seed, self.round, prompt.prompt_id, sample_index)
+        if prompt.prompt_id not in self.prefixes:
+            return base
+        return digest(base, "roll-in", *self.prefixes[prompt.prompt_id][sample_index])
 
     def missing(self, finished: set[str], sequences: int) -> list[pa.Table]:
         """What is left to sample, in batches of about `sequences` responses."""
@@ -70,7 +81,7 @@ class Plan:
         return batches
 
     def _job(self, prompt: schema.Prompt, left: dict[int, str]) -> dict[str, object]:
-        seeds = [schema.rollout_seed(schema.rollout_id(self.run_seed, self.round, prompt.prompt_id, i)) for i in left]
+        prefixes = self.prefixes.get(prompt.prompt_id, [()] * self.samples)
         return {
             "prompt_id": prompt.prompt_id,
             "messages": list(prompt.messages),
@@ -80,7 +91,8 @@ class Plan:
             "round": self.round,
             "sample_index": list(left),
             "rollout_id": list(left.values()),
-            "seed": seeds,
+            "seed": [schema.rollout_seed(self._draw_id(prompt, i)) for i in left],
+            "prefix_token_ids": [list(prefixes[i]) for i in left],
         }
 
 
@@ -108,3 +120,12 @@ def finished_ids(location: str) -> set[str]:
 def read_rollouts(location: str, columns: Iterable[str] | None = None) -> pa.Table:
     """All committed rows under a location."""
     return storage.read_table(storage.list_files(location, ".parquet"), columns=list(columns) if columns else None)
+
+
+def by_prompt(rollouts: pa.Table) -> dict[str, list[dict[str, Any]]]:
+    """Rows that did not fail, by prompt, ordered by sample."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rollouts.to_pylist(), key=lambda row: row["sample_index"]):
+        if row["error"] is None:
+            found.setdefault(row["prompt_id"], []).append(row)
+    return found

@@ -77,7 +77,7 @@ class Committer:
         storage.write_table(storage.join(self._location, f"{identity}.parquet"), table)
         return pa.table(
             {
-                "tokens": [len(tokens) for tokens in table["response_token_ids"].to_pylist()],
+                "tokens": [len(sampled) for sampled in table["logprobs"].to_pylist()],
                 "error": table["error"],
             }
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +69,11 @@ class Sampler:
                 if request is not None:
                     requests.append(request)
         for done in self._engine.generate(requests):
-            rows[done.request_id] |= {
-                "response_token_ids": done.token_ids,
-                "response_text": done.text,
+            row = rows[done.request_id]
+            prefix = row["response_token_ids"]
+            row |= {
+                "response_token_ids": prefix + done.token_ids,
+                "response_text": self._text(prefix + done.token_ids) if prefix else done.text,
                 "logprobs": done.logprobs,
                 "finish_reason": done.finish_reason,
                 "guided_logprobs": done.guided_logprobs,
@@ -83,19 +86,29 @@ class Sampler:
             row["decode_seconds"] = seconds
         return pa.Table.from_pylist(list(rows.values()), schema=self._schema)
 
+    def _text(self, tokens: list[int]) -> str:
+        """The text of a whole response: that of its parts, joined, would have other spaces, and torn characters.
+
+        A stop string that begins in the prefix cuts the text; the engine has not seen it, and went on.
+        """
+        from vas.decoding.detokenizer import Detokenizer
+
+        text = Detokenizer(self._base.tokenizer, tuple(self._config.rollouts.sampling.stop))
+        return "".join(text.push(token) for token in (*tokens, None))
+
     def _prepare(self, job: dict[str, Any], position: int) -> tuple[dict[str, Any], Any]:
-        """The row of one response, still empty, and the request that fills it (None if it can't be made)."""
+        """The row of one response, with its prefix alone, and the request that fills it (None if it can't be made)."""
         from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
         from vas.models.base import encode_prompt
 
-        prompt = schema.Prompt.from_row(job)
+        prompt, prefix = schema.Prompt.from_row(job), job["prefix_token_ids"][position]
         row = {
             "rollout_id": job["rollout_id"][position],
             "prompt_id": prompt.prompt_id,
             "sample_index": job["sample_index"][position],
             "round": job["round"],
             "prompt_token_ids": [],
-            "response_token_ids": [],
+            "response_token_ids": prefix,
             "response_text": "",
             "logprobs": [],
             "finish_reason": "error",
@@ -103,7 +116,7 @@ class Sampler:
             "tokenizer_digest": self._base.tokenizer_digest,
             "held_out": prompt.held_out,
             "error": None,
-            "roll_in_length": 0,
+            "roll_in_length": len(prefix),
             "setting": job["setting"],
             "messages": job["messages"],
             "text": job["text"],
@@ -111,10 +124,11 @@ class Sampler:
         try:
             tokens = encode_prompt(self._base.tokenizer, prompt)
             row["prompt_token_ids"] = tokens
+            sampling = SamplingParams.of(self._config.rollouts.sampling, job["seed"][position])
             request = Request(
                 row["rollout_id"],
-                tuple(tokens),
-                SamplingParams.of(self._config.rollouts.sampling, job["seed"][position]),
+                (*tokens, *prefix),
+                replace(sampling, max_tokens=sampling.max_tokens - len(prefix)),
                 GuidanceParams.of(self._config.evaluation, json.loads(job["setting"])),
             )
             self._engine.check(request)
