@@ -13,14 +13,13 @@ from vas import guidance, schema
 from vas.config import Train
 from vas.errors import VasError
 from vas.models.value import ValueModel
-from vas.training.batches import Batch, collate
+from vas.training.batches import collate
 from vas.training.deepspeed_config import deepspeed_config, merge
 from vas.training.metrics import CALIBRATION_BINS, Held, calibration, explained_variance
 from vas.training.objective import ValueObjective
 from vas.training.packing import PACKED_SCHEMA, ROW_TOKENS, pack
 
 VOCAB = 290
-CPU = torch.device("cpu")
 
 
 def rollout(prompt_id: str, prompt: list[int], response: list[int], reward: float = 1.0, **other: Any) -> dict:
@@ -46,11 +45,6 @@ def packed(rows: list[dict], objectives: tuple[str, ...] = ("positive",)) -> lis
 def tokens(generator: np.random.Generator, count: int) -> list[int]:
     """Random tokens, no special ones."""
     return generator.integers(4, VOCAB, count).tolist()
-
-
-def ready(rows: list[dict], dtype: torch.dtype = torch.float32) -> Batch:
-    """Packed rows as a batch that a model takes."""
-    return collate(rows).to(CPU, dtype)
 
 
 # --- packing -----------------------------------------------------------------------------------
@@ -133,7 +127,7 @@ def test_a_packed_batch_has_the_values_of_each_response_alone(arch):
     prompts = {name: tokens(generator, length) for name, length in {"a": 9, "b": 1, "c": 30}.items()}
     alone = [(name, tokens(generator, length)) for name, length in zip("aaabccc", [4, 1, 17, 12, 3, 8, 1], strict=True)]
     rows = packed([rollout(name, prompts[name], response, n) for n, (name, response) in enumerate(alone)])
-    batch = ready(rows, torch.float64)
+    batch = collate(rows)
     _, values_NSJ = ValueObjective(model, 1.0)(batch)
     for values, last, reward in zip(values_NSJ, batch.last_N, batch.rewards_NJ, strict=True):
         name, response = alone[int(reward)]  # the reward is the response's number
@@ -162,7 +156,7 @@ def test_the_loss_is_the_heads_over_the_trained_states(head, td_lambda):
         )
         for name, length, reason in zip("abc", [4, 6, 1], reasons, strict=True)
     ]
-    batch = ready(packed(rows, ("positive", "brief")))
+    batch = collate(packed(rows, ("positive", "brief")))
     loss, values_NSJ = ValueObjective(model, td_lambda)(batch)
     per_head: list[list[torch.Tensor]] = [[], []]
     for n, row in enumerate(rows):
@@ -179,7 +173,7 @@ def test_the_loss_is_the_heads_over_the_trained_states(head, td_lambda):
             losses = model.heads[j].loss(outputs[j], torch.tensor(targets))
             per_head[j].append(losses if row["finish_reason"] == "stop" else losses[:-1])
     expected = torch.stack([torch.cat(losses).mean() for losses in per_head]).mean()
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss / batch.trained_NS.sum(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_no_gradient_flows_through_the_targets():
@@ -187,10 +181,10 @@ def test_no_gradient_flows_through_the_targets():
     model = ValueModel(tiny_value("llama", head="scalar").config)
     for head in model.heads:
         torch.nn.init.normal_(head.linear.weight)
-    batch = ready(packed([rollout("a", [5, 6], [7, 8], 3.0)]))
+    batch = collate(packed([rollout("a", [5, 6], [7, 8], 3.0)]))
     objective = ValueObjective(model, 0.0)
     loss, values_NSJ = objective(batch)
-    loss.backward()
+    (loss / batch.trained_NS.sum()).backward()
     targets = guidance.td_lambda_targets(values_NSJ, objective.standardise(batch.rewards_NJ), batch.last_N, 0.0)
     hidden = model.hidden(torch.tensor([[5, 6, 7, 8]]))[0, 1:]
     error = values_NSJ[0, :, 0] - targets[0, :, 0]
@@ -239,13 +233,14 @@ def test_the_objective_learns_a_reward_that_a_token_tells(head, td_lambda):
     )
     losses = []
     for _ in range(STEPS):
-        loss, _ = objective(ready(told_by_a_token(generator, 16)))
+        batch = collate(told_by_a_token(generator, 16))
+        loss = objective(batch)[0] / batch.trained_NS.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     with torch.no_grad():
-        batch = ready(told_by_a_token(generator, 32))
+        batch = collate(told_by_a_token(generator, 32))
         _, values_NSJ = objective(batch)
     told = values_NSJ[:, 1:]  # before the first token nothing is known
     known = objective.standardise(batch.rewards_NJ)[:, None].expand_as(told)

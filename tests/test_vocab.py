@@ -2,17 +2,28 @@
 
 import copy
 import dataclasses
+import json
+import math
 
+import pyarrow as pa
 import pytest
 import torch
+from command import tiny_config, tiny_run
 from naive import ALL, BOTH, ONE, TWO, also_ending_with, assert_same, naive, prompts, request, rows_in_use, scorers_of
 from tiny import tiny_base, tiny_tokenizer, tiny_value
 
+from vas import storage
 from vas.decoding.engine import Engine
 from vas.decoding.scorer import ValueScorer, VocabScorer, make_scorer
+from vas.errors import VasError
+from vas.models.base import BaseModel
 from vas.models.heads import VocabHead
 from vas.models.value import ValueModel, ValueModelConfig
-from vas.training.distill import distill
+from vas.run.directory import RunDirectory
+from vas.run.distilling import distill_run
+from vas.training.agreement import agreement, errors
+from vas.training.distill import VocabObjective, best_epoch, distill, judge, learn, new_student
+from vas.training.lessons import Lessons, labels
 
 
 def vocab_setup(arch: str):
@@ -31,8 +42,9 @@ def vocab_setup(arch: str):
 
 def test_values_are_those_of_plain_loops():
     torch.manual_seed(0)
-    head = VocabHead(6)
-    torch.nn.init.normal_(head.linear.bias)
+    head = VocabHead(6, width=3)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
     hidden, embedded = 3 * torch.randn(2, 3, 6), torch.randn(2, 3, 4, 6)
     found = head.values(head(hidden), embedded)
     assert found.shape == (2, 3, 4)
@@ -40,15 +52,20 @@ def test_values_are_those_of_plain_loops():
         for t in range(3):
             state = hidden[b, t].tolist()
             size = (sum(x * x for x in state) / 6) ** 0.5
-            u = [
+            of_state = [
                 sum(w * x / size for w, x in zip(row, state, strict=True)) + bias
                 for row, bias in zip(head.linear.weight.tolist(), head.linear.bias.tolist(), strict=True)
             ]
             for k in range(4):
                 e = embedded[b, t, k].tolist()
                 length = sum(x * x for x in e) ** 0.5
-                expected = sum(x * y / length for x, y in zip(u, e, strict=True))
-                assert found[b, t, k].item() == pytest.approx(expected, abs=1e-5)
+                expected = sum(x * y / length for x, y in zip(of_state[:6], e, strict=True))
+                for out, p, row in zip(
+                    head.out.weight[0].tolist(), of_state[6:], head.token.weight.tolist(), strict=True
+                ):
+                    both = p + sum(w * x / length for w, x in zip(row, e, strict=True))
+                    expected += out * both / (1 + math.exp(-both))
+                assert found[b, t, k].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_fresh_head_is_zero_and_lengths_do_not_count():
@@ -56,7 +73,8 @@ def test_a_fresh_head_is_zero_and_lengths_do_not_count():
     hidden, embedded = torch.randn(5, 6), torch.randn(5, 4, 6)
     head.reset()
     assert head.values(head(hidden), embedded).abs().max() == 0
-    torch.nn.init.normal_(head.linear.weight)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
     once = head.values(head(hidden), embedded)
     torch.testing.assert_close(head.values(head(7 * hidden), 0.1 * embedded), once)
 
@@ -138,7 +156,77 @@ def test_the_heads_choose_the_scorer():
         assert isinstance(make_scorer("v", tiny_value("llama", head=head)), ValueScorer)
 
 
+# --- lessons -----------------------------------------------------------------------------------
+
+
+def row(prompt: tuple[int, ...], *responses: tuple[int, ...]) -> dict:
+    """A packed row."""
+    return {
+        "prompt": list(prompt),
+        "responses": [list(response) for response in responses],
+        "rewards": [[0.0, 0.0]] * len(responses),
+        "ended": [True] * len(responses),
+    }
+
+
+@pytest.mark.parametrize(("arch", "head"), [("llama", "categorical"), ("gpt2", "scalar")])
+def test_a_lesson_is_what_the_teacher_says_of_every_candidate(arch, head):
+    base = also_ending_with(tiny_base(arch), 83)
+    teacher = tiny_value(arch, ("positive", "concise"), head)
+    (prompt, *responses) = prompts(5, 3, 1, 4)
+    (lesson,) = Lessons(base, teacher, candidates=6, temperature=0.7)([row(prompt, *responses)])
+    assert lesson.tokens_PK.shape == (8, 8)  # 3 + 1 + 4 parents; six tokens and two that end a response
+    assert lesson.values_PKJ.shape == (8, 8, 2)
+    parents = [[*prompt, *response[:t]] for response in responses for t in range(len(response))]
+    for p, prefix in enumerate(parents):
+        logprobs = torch.log_softmax(base.model(torch.tensor([prefix])).logits[0, -1] / 0.7, dim=-1)
+        counts = lesson.logprobs_PK[p] > float("-inf")
+        tokens = lesson.tokens_PK[p][counts]
+        assert set(tokens.tolist()) == {*logprobs.topk(6).indices.tolist(), *base.eos_token_ids}
+        torch.testing.assert_close(lesson.logprobs_PK[p][counts], logprobs[tokens], atol=1e-4, rtol=1e-4)
+        for token, values in zip(tokens.tolist(), lesson.values_PKJ[p][counts], strict=True):
+            torch.testing.assert_close(values, teacher(torch.tensor([[*prefix, token]]))[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_many_responses_are_taught_in_parts():
+    base, teacher = tiny_base(), tiny_value()
+    prompt, *responses = prompts(4, *[2, 3] * 10)
+    make = Lessons(base, teacher, candidates=3)
+    (whole,) = make([row(prompt, *responses)])
+    each = make([row(prompt, response) for response in responses])
+    for found, alone in zip(labels([whole], base.model.device), labels(each, base.model.device), strict=True):
+        torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_agreement_by_hand():
+    logprobs = torch.tensor([[0.5, 0.495, 0.005], [0.6, 0.4, 0.0]]).log()
+    wanted = torch.tensor([[[1.0], [0.0], [5.0]], [[2.0], [-1.0], [99.0]]])
+    found = torch.tensor([[[3.0], [1.0], [0.0]], [[0.0], [1.0], [0.0]]])
+    figures = agreement(found, wanted, logprobs, ("positive",))["positive"]
+    assert figures["best"] == 0.0  # of the first parent it is the third candidate, of the second the first
+    assert figures["best_likely"] == 0.5  # of the first parent it is now the first
+    assert agreement(wanted + 4, wanted, logprobs, ("positive",))["positive"] == {
+        "explained": pytest.approx(1.0),
+        "best": 1.0,
+        "best_likely": 1.0,
+        "best_weighted": 1.0,
+    }
+    found[0, 2] = 7.0
+    figures = agreement(found, wanted, logprobs, ("positive",))["positive"]
+    assert figures["best"] == 0.5
+    assert figures["best_weighted"] == pytest.approx(4 / (4 + 3))  # the leads: 5 before 1, 2 before -1
+    nothing = agreement(torch.zeros_like(wanted), wanted, logprobs, ("positive",))
+    assert nothing["positive"]["explained"] == pytest.approx(0.0)
+
+
 # --- distillation ------------------------------------------------------------------------------
+
+
+def sampled_rows(base: BaseModel, number: int) -> list[dict]:
+    """Rollouts of the base model, packed."""
+    asked = [request(str(i), p, seed=i, max_tokens=24) for i, p in enumerate(prompts(*[6, 2, 9, 4] * number))]
+    done = Engine(base).generate(asked)
+    return [row(r.prompt_token_ids, c.token_ids) for r, c in zip(asked, done, strict=True)]
 
 
 def learnable(model: ValueModel) -> ValueModel:
@@ -150,26 +238,99 @@ def learnable(model: ValueModel) -> ValueModel:
     return model
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_the_objective_reads_every_parent_state(arch):
+    base, teacher = tiny_base(arch), tiny_value(arch, ("positive", "concise"))
+    student = tiny_value(arch, ("positive", "concise"), "vocab", seed=9)
+    a, b, *responses = prompts(5, 2, 3, 1, 4)
+    lessons = Lessons(base, teacher, candidates=4)([row(a, *responses[:2]), row(b, responses[2])])
+    objective = VocabObjective(student)
+    found = objective.values(lessons)
+    tokens, logprobs, wanted = labels(lessons, student.device)
+    prefixes = [
+        [*p, *r[:t]] for p, r in ((a, responses[0]), (a, responses[1]), (b, responses[2])) for t in range(len(r))
+    ]
+    for values, candidates, prefix in zip(found, tokens, prefixes, strict=True):
+        outputs = student.outputs(student.hidden(torch.tensor([prefix]))[0, -1])
+        torch.testing.assert_close(values, student.next_values(outputs, candidates), atol=1e-4, rtol=1e-4)
+    explained = agreement(found, wanted, logprobs, student.objectives)
+    error, variance = errors(found, wanted, logprobs)
+    for j, each in enumerate(explained.values()):
+        assert each["explained"] == pytest.approx(1 - float(error[j] / variance[j]))
+    assert float(objective(lessons)) > 0
+
+
 @pytest.mark.parametrize(("arch", "head"), [("llama", "categorical"), ("gpt2", "scalar")])
 def test_a_distilled_model_explains_its_teacher_and_decodes(arch, head):
     base = tiny_base(arch)
     objectives = ("positive", "concise")
     teacher = learnable(tiny_value(arch, objectives, head))
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    sampled = [request(str(i), p, seed=i, max_tokens=24) for i, p in enumerate(prompts(*[6, 2, 9, 4] * 30))]
-    done = Engine(base).generate(sampled)
-    rollouts = [(r.prompt_token_ids, c.token_ids) for r, c in zip(sampled, done, strict=True)]
     torch.manual_seed(0)
-    student, explained = distill(base, teacher, rollouts, candidates=10, epochs=30, lr=3e-3)
-    assert 0.3 < explained < 1
+    student, history = distill(base, teacher, sampled_rows(base, 15), candidates=10, epochs=8, lr=1e-3, head_lr=1e-2)
+    best = history[best_epoch(history)]["unseen"]
+    assert all(0.5 < best[name]["explained"] < 1 for name in objectives)
+    assert all(best[name]["best"] > 0.4 for name in objectives)
+    assert len(history) == 8
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert teacher.config.head["kind"] == head
     assert student.config.head == {"kind": "vocab"}
     assert student.objectives == objectives
-    assert all(torch.equal(t, teacher.backbone.state_dict()[n]) for n, t in student.backbone.state_dict().items())
+    assert torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
     assert not any(parameter.requires_grad for parameter in student.parameters())
 
     asked = [request(str(i), p, TWO, seed=i, max_tokens=8) for i, p in enumerate(prompts(5, 1, 12, 7, seed=4))]
     for one, completion in zip(asked, Engine(base, scorers_of([student])).generate(asked), strict=True):
         assert_same(completion, naive(base, [student], one))
+
+
+def test_of_the_epochs_the_best_on_unseen_rows_stays():
+    """It learns the contrary, so every epoch is worse than the one before."""
+    base, teacher = tiny_base(), learnable(tiny_value(objectives=("positive", "concise")))
+    lessons = Lessons(base, teacher, candidates=4)(sampled_rows(base, 3))
+    contrary = [dataclasses.replace(lesson, values_PKJ=-lesson.values_PKJ) for lesson in lessons[:8]]
+    student, history = learn(new_student(teacher), contrary, lessons[8:], epochs=4, lr=1e-3, head_lr=1e-2)
+    assert best_epoch(history) == 0
+    assert history[-1]["losses"][-1] < history[0]["losses"][0]
+    figures = [entry["unseen"] for entry in history]
+    assert judge(student, lessons[8:]) == figures[0]
+    assert figures[-1]["positive"]["explained"] < figures[0]["positive"]["explained"]
+
+
+# --- a run -------------------------------------------------------------------------------------
+
+
+def test_a_run_is_distilled(tmp_path):
+    run = tiny_run(tmp_path)
+    with pytest.raises(VasError, match="is the value model to distil"):
+        distill_run(run.location, run.config.value.name)
+    base = tiny_base()
+    columns = {"prompt_id": [], "prompt_token_ids": [], "response_token_ids": [], "rewards": []}
+    for i, each in enumerate(sampled_rows(base, 2)):
+        for column, value in zip(
+            columns,
+            (str(i), each["prompt"], each["responses"][0], {"positive": 0.5, "concise": 0.1}),
+            strict=True,
+        ):
+            columns[column].append(value)
+    rows = len(columns["prompt_id"])
+    table = pa.table(
+        columns | {"finish_reason": ["stop"] * rows, "error": pa.nulls(rows, pa.string()), "held_out": [False] * rows},
+    )
+    storage.write_table(storage.join(run.rollouts, "some.parquet"), table)
+    location = distill_run(run.location, epochs=1)
+    assert location == run.path("value", "vocab")
+    student = ValueModel.load(location)
+    assert student.scores_vocabulary
+    assert student.objectives == ("positive", "concise")
+    card = storage.read_bytes(storage.join(location, "README.md")).decode()
+    assert "teacher: value model `default`" in card
+    assert "| positive |" in card
+    assert len(json.loads(storage.read_bytes(storage.join(location, "training.json")))) == 1
+
+
+def test_a_run_that_is_not_trained_is_not_distilled(tmp_path):
+    run = RunDirectory.create(tiny_config(tmp_path))
+    with pytest.raises(VasError, match="no finished value model"):
+        distill_run(run.location)

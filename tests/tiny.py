@@ -127,8 +127,8 @@ def tiny_value(
         )
     )
     for each in model.heads:
-        torch.nn.init.normal_(each.linear.weight, std=0.25)
-        torch.nn.init.normal_(each.linear.bias, std=0.25)
+        for parameter in each.parameters():
+            torch.nn.init.normal_(parameter, std=0.25)
     return model.requires_grad_(False).eval().to(dtype)
 
 

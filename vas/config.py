@@ -86,6 +86,15 @@ class Rollouts(_Section):
     """How the next token is drawn; guided responses are drawn the same way."""
 
 
+class Lora(_Section):
+    rank: int = Field(16, gt=0)
+    """Rank of the adapters."""
+    alpha: int = Field(32, gt=0)
+    """Their scale is alpha / rank."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers that get one: all linear ones, or those whose names end like these."""
+
+
 class Value(_Section):
     name: Name = "default"
     """Folder under `value/` in the run directory."""
@@ -99,6 +108,10 @@ class Value(_Section):
     """Histogram bins of the categorical head."""
     label: Literal["hl_gauss", "two_hot"] = "hl_gauss"
     """How a target becomes a histogram."""
+    extends: str | None = None
+    """A value model that stays as it is and gets heads for this run's rewards: only they are trained, in minutes."""
+    lora: Lora | None = None
+    """Train low-rank adapters instead of the backbone's own weights; the checkpoint has them merged in."""
 
 
 class Train(_Section):
@@ -122,8 +135,29 @@ class Train(_Section):
     """Largest norm of a step's gradient."""
     train_embeddings: bool = False
     """Train the token embeddings too (they are large, and rarely need it)."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed JSON, merged over ours (`{"zero_optimization": {"stage": 2}}`)."""
+    target_ema: float | None = Field(None, gt=0, lt=1)
+    """Take TD targets from a second network that keeps this share of itself at every step, instead of from the
+    current weights; it needs a second forward pass, and λ below 1 to matter."""
+    patience: int | None = Field(None, gt=0)
+    """Stop after so many epochs without a better held-out explained variance; the best epoch is kept in any case."""
+    checkpoint_steps: int = Field(200, gt=0)
+    """Optimizer steps between checkpoints that a broken-off training goes on from; one more ends each epoch."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 with float32 master weights on a GPU, float32 on a CPU."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: a third more work, much less memory."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What workers share out (ZeRO): nothing, optimizer states, gradients too, weights too. Default 2 with
+    several GPU workers, else 0."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Keep optimizer states, and at stage 3 weights, in main memory or on a disk."""
+    nvme_path: str | None = None
+    """Folder on the disk that `offload: nvme` uses."""
+    deepspeed: dict[str, Any] | str = Field(default_factory=dict)
+    """DeepSpeed JSON, or the location of a file of it, merged over ours. Batch sizes and the learning rate's
+    course are the run's to say."""
+    track: list[Literal["tensorboard", "mlflow", "wandb"]] = ["tensorboard"]
+    """Where learning curves go; TensorBoard's files lie in `train/tensorboard`."""
 
 
 class Evaluation(_Section):
@@ -150,6 +184,10 @@ class Evaluation(_Section):
     """Resamples for the 95 % intervals."""
     samples_shown: int = Field(8, ge=0)
     """Prompts shown side by side in the report."""
+    trust_prompts: int = Field(32, ge=0)
+    """Held-out prompts with a half-finished response that is completed, to see if values come true; 0: none."""
+    trust_completions: int = Field(10, ge=2)
+    """Completions that the base model samples for each of them."""
 
 
 class Resources(_Section):

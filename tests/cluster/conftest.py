@@ -1,13 +1,16 @@
 """What the cluster tests share: a tiny base model, prompts, and the config of a tiny run."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fits import config_of, workers, write_rollouts
 from tiny import save_tiny_base
 from tools import ConfigMaker
 
 from vas.config import override
+from vas.training.trainer import train
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +49,29 @@ def make_config(tmp_path_factory, base_folder) -> ConfigMaker:
         return override(content, overrides)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def rollouts(tmp_path_factory) -> str:
+    """Rollouts of many lengths, in several files, with two rewards that their tokens tell."""
+    return write_rollouts(tmp_path_factory.mktemp("rollouts"))
+
+
+@pytest.fixture
+def fit(make_config: ConfigMaker, rollouts: str, tmp_path):
+    """Trains with overrides; returns the checkpoint's folder. The same name goes on where it stopped."""
+
+    def run(name: str, *overrides: str) -> Path:
+        output = tmp_path / name / "value"
+        train(config_of(make_config, *overrides), rollouts, str(tmp_path / name / "train"), str(output))
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(make_config: ConfigMaker, rollouts: str, tmp_path_factory) -> Path:
+    """What one worker makes, undisturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(config_of(make_config, *workers(1)), rollouts, str(folder / "train"), str(folder / "value"))
+    return folder / "value"

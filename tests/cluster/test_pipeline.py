@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -155,6 +156,78 @@ def test_guided_responses_keep_the_contract(run):
         assert len(row["guided_logprobs"]) == len(row["logprobs"]) == len(row["response_token_ids"])
 
 
+def half_finished(run: RunDirectory, rows: list[dict]) -> Plan:
+    """The plan of the completions: ten for each held-out prompt, from half of its first rollout."""
+    first = {row["prompt_id"]: row["response_token_ids"] for row in rows if row["sample_index"] == 0}
+    held_out = [prompt for prompt in plan_of(run.config).prompts if prompt.held_out]
+    halves = {prompt.prompt_id: first[prompt.prompt_id] for prompt in held_out}
+    prefixes = {name: [tokens[: len(tokens) // 2]] * 10 for name, tokens in halves.items()}
+    return Plan(held_out, 10, run.config.seed, prefixes=prefixes)
+
+
+def test_completions_go_on_from_half_of_the_first_rollouts(run, rows):
+    plan, base = half_finished(run, rows), load_base(run.config.base)
+    completions = read_rollouts(run.path("evaluation", "completions"))
+    assert completions.schema.equals(schema.rollout_schema(["brief", "words"]))
+    assert ids_of(completions.to_pylist()) == expected_ids(plan)
+    for row in completions.to_pylist():
+        prefix, response = plan.prefixes[row["prompt_id"]][0], row["response_token_ids"]
+        assert (row["error"], row["roll_in_length"]) == (None, len(prefix))
+        assert response[: len(prefix)] == prefix
+        assert len(response) == len(prefix) + len(row["logprobs"]) <= 8
+        assert row["response_text"] == base.tokenizer.decode(response, skip_special_tokens=True)
+        assert row["rewards"]["words"] == len(row["response_text"].split())
+    assert len({tuple(row["response_token_ids"]) for row in completions.to_pylist()}) > 2 * len(plan.prompts)
+
+
+def test_completions_that_are_missing_are_sampled_again_and_no_others(run, rows, tmp_path):
+    location = tmp_path / "completions"
+    shutil.copytree(run.path("evaluation", "completions"), location)
+    before = read_rollouts(str(location)).to_pylist()
+    next(location.glob("*.parquet")).unlink()
+    kept = {row["rollout_id"]: row for row in read_rollouts(str(location)).to_pylist()}
+    summary = sample(run.config, [half_finished(run, rows)], str(location), "completions")
+    again = {row["rollout_id"]: row for row in read_rollouts(str(location)).to_pylist()}
+    assert summary.sampled == len(before) - len(kept) > 0
+    assert committed(str(location)) == committed(run.path("evaluation", "completions"))
+    assert {name: again[name] for name in kept} == kept
+    for row in before:
+        assert again[row["rollout_id"]]["response_token_ids"] == row["response_token_ids"]
+
+
+def test_values_are_held_against_the_completions(run, rows):
+    found = json.loads(Path(run.path("evaluation", "trust.json")).read_text())
+    assert list(found) == ["brief", "words"]
+    plan, model = half_finished(run, rows), ValueModel.load(run.value)
+    completions = read_rollouts(run.path("evaluation", "completions")).to_pylist()
+    asked = {row["prompt_id"]: row["prompt_token_ids"] for row in rows}
+    finished = [row for row in rows if row["held_out"] and row["finish_reason"] == "stop"]
+    for j, objective in enumerate(model.config.objectives):
+        name, mean, std = objective["name"], objective["mean"], objective["std"]
+        assert (found[name]["prefixes"], found[name]["completions"]) == (len(plan.prompts), 10 * len(plan.prompts))
+        assert found[name]["finished"] == len(finished)
+        for prompt, point in zip(plan.prompts, found[name]["points"], strict=True):
+            state = [*asked[prompt.prompt_id], *plan.prefixes[prompt.prompt_id][0]]
+            rewards = [row["rewards"][name] for row in completions if row["prompt_id"] == prompt.prompt_id]
+            assert point["value"] == pytest.approx(float(model(torch.tensor([state]))[0, -1, j]), abs=1e-3)
+            assert point["reward"] == pytest.approx((sum(rewards) / 10 - mean) / std, abs=1e-6)
+            assert point["completions"] == 10
+        misses = [
+            float(model(torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]]))[0, -1, j])
+            - (row["rewards"][name] - mean) / std
+            for row in finished
+        ]
+        square = sum(miss**2 for miss in misses)
+        assert found[name]["after_eos_rmse"] == pytest.approx(
+            (square / len(misses)) ** 0.5 if misses else None, abs=1e-3
+        )
+    card = Path(run.value, "README.md").read_text()
+    assert card.startswith("---\n")
+    assert card.count("## Trust\n") == 1
+    assert "| spread ÷ error |" in card.split("## Trust\n")[1]
+    assert "Do the values come true?" in Path(run.path("evaluation", "report.html")).read_text()
+
+
 def test_results_have_a_row_per_method_setting_and_objective(run):
     table = pq.read_table(run.path("evaluation", "results.parquet"))
     assert set(table.column_names) >= RESULT_COLUMNS
@@ -294,7 +367,8 @@ def test_zero_3_writes_the_same_kind_of_checkpoint(make_config, run, rows, tmp_p
     values = torch.cat([model(torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]]))[0] for row in rows])
     assert values.isfinite().all()
     assert values.std() > 0
-    assert metrics["loss"] == pytest.approx(read_record(Path(run.location))["stages"]["train"]["loss"], rel=0.05)
+    loss = sum(metrics["losses"]) / len(metrics["losses"])
+    assert loss == pytest.approx(read_record(Path(run.location))["stages"]["train"]["loss"], rel=0.05)
     theirs = dict(of_zero_2.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, theirs[name], atol=0.02, rtol=0.02, msg=name)

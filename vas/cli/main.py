@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.panel import Panel
 
+from vas.cli.value import app as value_app
 from vas.config import load_config
 from vas.errors import VasError, as_vas_error
 from vas.progress import console
@@ -28,6 +32,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at a config before running it.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(value_app, name="value")
 
 _INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
@@ -175,25 +180,34 @@ def _strengths(options: list[str] | None) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    """The command line, with errors made readable."""
+@contextmanager
+def program() -> Iterator[None]:
+    """What every program of ours does around its work: quiet libraries, readable errors, and the exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
-    except SystemExit as ended:
-        if ended.code == _INTERRUPTED:
-            console.print(
-                "\n[yellow]Interrupted.[/yellow] What is finished is kept; the same command goes on from there."
-            )
-        raise
+        yield
+    except (SystemExit, KeyboardInterrupt) as ended:
+        if isinstance(ended, SystemExit) and ended.code not in (
+            _INTERRUPTED,
+            signal.SIGTERM,
+        ):  # Ray exits with a signal
+            raise
+        console.print("\n[yellow]Interrupted.[/yellow] What is finished is kept; the same command goes on from there.")
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         known = as_vas_error(error)
         if known is None:
             raise
         console.print(Panel(escape(str(known)), title="error", title_align="left", border_style="red"))
         sys.exit(2)
+
+
+def main() -> None:
+    """The command line."""
+    with program():
+        app()
 
 
 if __name__ == "__main__":

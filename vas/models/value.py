@@ -147,7 +147,13 @@ class ValueModel(PreTrainedModel):
         objectives: list[dict[str, Any]],
         **about: Any,
     ) -> ValueModel:
-        """A fresh value model: the backbone's pretrained weights (its first L layers), heads at zero."""
+        """A fresh value model: the backbone's pretrained weights (its first L layers), heads at zero.
+
+        Its backbone is frozen if it extends another value model; with LoRA, only adapters are not.
+        """
+        head = {"kind": spec.head, "bins": spec.bins, "label": spec.label}
+        if spec.extends is not None:
+            return cls._extension(spec.extends, tokenizer, objectives, head, **about)
         source = spec.backbone or base.model
         revision = base.revision if source == base.model else None  # as RunConfig.backbone
         full = load_pretrained(AutoConfig, source, revision).get_text_config()
@@ -169,7 +175,7 @@ class ValueModel(PreTrainedModel):
             ValueModelConfig(
                 backbone=backbone,
                 objectives=objectives,
-                head={"kind": spec.head, "bins": spec.bins, "label": spec.label},
+                head=head,
                 tokenizer_digest=tokenizer_digest(tokenizer),
                 base_model=base.model,
                 **about,
@@ -177,9 +183,57 @@ class ValueModel(PreTrainedModel):
         )
         missing, _ = model.backbone.load_state_dict(pretrained.base_model.state_dict(), strict=False)
         assert not missing, f"the backbone lacks {missing}"
-        for head in model.heads:
-            cast(Head, head).reset()
+        for each in model.heads:
+            cast(Head, each).reset()
+        model = model.float()
+        if spec.lora is not None:
+            model.backbone = _with_adapters(model.backbone, spec.lora)
+        return model
+
+    @classmethod
+    def _extension(
+        cls,
+        location: str,
+        tokenizer: PreTrainedTokenizerBase,
+        objectives: list[dict[str, Any]],
+        head: dict[str, Any],
+        **about: Any,
+    ) -> ValueModel:
+        """New heads on the backbone of another value model, which stays as it is."""
+        old = cls.load(location)
+        known = set(old.objectives) & {objective["name"] for objective in objectives}
+        if known:
+            raise VasError(
+                f"the value model has the objective '{sorted(known)[0]}' already",
+                f"value.extends: {location}",
+                "take it out of the run's rewards",
+            )
+        if old.config.head != head:
+            raise VasError(
+                f"the value model's heads are {old.config.head}, this run's would be {head}",
+                f"value.extends: {location}",
+                "set value.head, value.bins and value.label to be the same",
+            )
+        check_tokenizers(old, str(about.get("base_model", "of this run")), tokenizer_digest(tokenizer))
+        model = cls(ValueModelConfig(**(old.config.to_dict() | {"objectives": objectives} | about)))
+        model.backbone = old.backbone
+        for each in model.heads:
+            cast(Head, each).reset()
         return model.float()
+
+    def finished(self, spec: config.Value, state: dict[str, Tensor]) -> ValueModel:
+        """What a checkpoint holds: this model with weights `state`, adapters merged in, and the heads it extends."""
+        model = ValueModel(self.config).float()
+        if spec.lora is not None:
+            model.backbone = _with_adapters(model.backbone, spec.lora)
+        model.load_state_dict(state)
+        if spec.lora is not None:
+            model.backbone = cast(Any, model.backbone).merge_and_unload()
+        if spec.extends is not None:
+            old = ValueModel.load(spec.extends)
+            model.config.objectives = old.config.objectives + model.config.objectives
+            model.heads = nn.ModuleList([*old.heads, *model.heads])
+        return model
 
     @classmethod
     def from_pretrained(cls, location: Any, *args: Any, **kwargs: Any) -> ValueModel:
@@ -235,6 +289,16 @@ def _make_head(spec: dict[str, Any], objective: dict[str, Any], width: int) -> H
     if spec["kind"] == "vocab":
         return VocabHead(width)
     return CategoricalHead(width, spec["bins"], objective["low"], objective["high"], spec["label"])
+
+
+def _with_adapters(backbone: nn.Module, lora: config.Lora) -> Any:
+    """The backbone, frozen, with low-rank adapters (arXiv:2106.09685) to train."""
+    import peft  # not needed to load or run a value model
+
+    return peft.get_peft_model(
+        cast(PreTrainedModel, backbone),
+        peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets),
+    )
 
 
 def check_tokenizers(model: ValueModel, base_name: str, base_digest: str) -> None:

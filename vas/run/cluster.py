@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +27,11 @@ LOCAL_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
-FORWARDED = ("VAS_CACHE", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+FORWARDED = (
+    *("VAS_CACHE", "HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    *("MLFLOW_TRACKING_TOKEN", "WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_BASE_URL"),
+)
 
 
 @contextmanager
@@ -60,6 +66,9 @@ def ray_cluster(resources: Resources) -> Iterator[None]:
             f"resources.address: {address}",
             "start one with `ray start --head`, or leave the address empty",
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler in C++ would abort the process 3 s after SIGTERM, in the middle of its clearing up
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         _quieten()
         yield

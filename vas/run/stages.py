@@ -91,8 +91,9 @@ def train(run: RunDirectory) -> None:
 
     def body(about: dict) -> str:
         metrics = fit(run.config, run.rollouts, run.path("train"), run.value)
-        explained = {name: m["explained_variance"] for name, m in metrics.get("held_out", {}).items()}
-        about |= {"loss": metrics.get("loss"), "explained_variance": explained}
+        explained = {name: m["explained_variance"] for name, m in metrics["held_out"].items()}
+        losses = metrics["losses"]
+        about |= {"epoch": metrics["epoch"], "loss": sum(losses) / len(losses), "explained_variance": explained}
         return "explained variance on held-out prompts: " + ", ".join(f"{n} {v:.2f}" for n, v in explained.items())
 
     _stage(run, "train", body)

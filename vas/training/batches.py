@@ -10,10 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vas import guidance
+
+_PROMPT, _PADDING = 0, -1  # segments; a response's is its number
 
 
 @dataclass
@@ -25,8 +28,8 @@ class Batch:
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor
-    attention_mask_B1TT: Tensor
-    """Additive."""
+    segments_BT: Tensor
+    """0 for the prompt, then a number a response; -1 for padding."""
     row_N: Tensor
     """Row of each response."""
     state_NS: Tensor
@@ -39,55 +42,53 @@ class Batch:
     tokens: int
     """Real tokens in the batch."""
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """On a device, with the mask in the model's dtype."""
+    def to(self, device: torch.device) -> Batch:
+        """On a device."""
         moved: dict[str, Any] = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in vars(self).items()}
-        moved["attention_mask_B1TT"] = guidance.additive_mask(moved["attention_mask_B1TT"], dtype)
         return Batch(**moved)
 
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:
+        """Additive tree mask [B, 1, T, T]."""
+        segments = self.segments_BT
+        causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+        own_BTT = segments[:, :, None] == segments[:, None, :]
+        allowed_BTT = (own_BTT | (segments == _PROMPT)[:, None, :]) & causal
+        return guidance.additive_mask(allowed_BTT[:, None], dtype)
 
-def collate(rows: list[dict[str, Any]]) -> Batch:
-    """Packed rows to a batch; the mask is boolean until `Batch.to`."""
+
+def collate(rows: list[dict[str, Any]], trained: bool = True) -> Batch:
+    """Packed rows to a batch. trained: False if none of its states has a target."""
     widths = [len(row["prompt"]) + sum(map(len, row["responses"])) for row in rows]
-    width = max(widths)
     longest = max(len(response) for row in rows for response in row["responses"])
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    segments = torch.full((len(rows), width), -1)  # 0 the prompt, then a number a response; -1 padding
-    row_of, states, last, ended = [], [], [], []
-    rewards: list[list[float]] = []
+    input_ids, positions = np.zeros((2, len(rows), max(widths)), dtype=np.int64)
+    segments = np.full((len(rows), max(widths)), _PADDING)
+    row_of, states, last = [], [], []
     for b, row in enumerate(rows):
-        prompt = len(row["prompt"])
-        start = prompt
-        input_ids[b, :prompt] = torch.as_tensor(row["prompt"])
-        positions[b, :prompt] = torch.arange(prompt)
-        segments[b, :prompt] = 0
+        start = prompt = len(row["prompt"])
+        input_ids[b, :prompt] = row["prompt"]
+        positions[b, :prompt] = np.arange(prompt)
+        segments[b, :prompt] = _PROMPT
         for number, response in enumerate(row["responses"], 1):
             end = start + len(response)
-            input_ids[b, start:end] = torch.as_tensor(response)
-            positions[b, start:end] = torch.arange(prompt, prompt + len(response))
+            input_ids[b, start:end] = response
+            positions[b, start:end] = np.arange(prompt, prompt + len(response))
             segments[b, start:end] = number
-            columns = torch.full((longest + 1,), prompt - 1)
-            columns[1 : len(response) + 1] = torch.arange(start, end)
+            columns = np.full(longest + 1, prompt - 1)
+            columns[1 : len(response) + 1] = np.arange(start, end)
             states.append(columns)
             row_of.append(b)
             last.append(len(response))
             start = end
-        ended.extend(row["ended"])
-        rewards.extend(list(reward) for reward in row["rewards"])
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    same = segments[:, :, None] == segments[:, None, :]
-    last_N = torch.tensor(last)
-    step = torch.arange(longest + 1)
-    until = last_N - (~torch.tensor(ended)).long()  # a response that was cut has no terminal state
+    ended = np.array([each for row in rows for each in row["ended"]], dtype=bool)
+    until = np.array(last) - ~ended  # a response that was cut has no terminal state
     return Batch(
-        input_ids_BT=input_ids,
-        position_ids_BT=positions,
-        attention_mask_B1TT=((same | (segments == 0)[:, None, :]) & causal)[:, None],
+        input_ids_BT=torch.from_numpy(input_ids),
+        position_ids_BT=torch.from_numpy(positions),
+        segments_BT=torch.from_numpy(segments),
         row_N=torch.tensor(row_of),
-        state_NS=torch.stack(states),
-        last_N=last_N,
-        trained_NS=step <= until[:, None],
-        rewards_NJ=torch.tensor(rewards, dtype=torch.float32),
+        state_NS=torch.from_numpy(np.stack(states)),
+        last_N=torch.tensor(last),
+        trained_NS=torch.from_numpy((np.arange(longest + 1) <= until[:, None]) & trained),
+        rewards_NJ=torch.tensor([reward for row in rows for reward in row["rewards"]], dtype=torch.float32),
         tokens=sum(widths),
     )

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from vas import storage
 from vas.config import Train
 from vas.errors import VasError
+
+# What DeepSpeed must have from us: a step holds the same rows whatever the JSON says
+OURS = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size",
+    "scheduler": "train.warmup",
+}
 
 
 def deepspeed_config(train: Train, workers: int, on_gpu: bool) -> dict[str, Any]:
     """What `deepspeed.initialize` gets. `train.deepspeed` wins wherever both speak.
 
     The largest micro batch up to `train.micro_batch_size` that divides a worker's share is taken.
-    Raises VasError if the batch can't be shared out evenly.
+    Raises VasError if the batch can't be shared out evenly, or the user's JSON says what is not its to say.
     """
     share, rest = divmod(train.batch_size, workers)
     if rest or not share:
@@ -26,15 +36,66 @@ def deepspeed_config(train: Train, workers: int, on_gpu: bool) -> dict[str, Any]
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": share // micro,
         "gradient_clipping": train.gradient_clipping,
-        "bf16": {"enabled": on_gpu},
-        "zero_optimization": {"stage": 2 if on_gpu and workers > 1 else 0},
+        "bf16": {"enabled": on_gpu if train.precision == "auto" else train.precision == "bfloat16"},
+        "zero_optimization": _zero(train, workers, on_gpu),
         # the fused optimizers are compiled on first use; torch's needs no compiler
         "optimizer": {"type": "AdamW", "params": {"lr": train.lr, "torch_adam": True}},
         "zero_force_ds_cpu_optimizer": False,
+        # ZeRO 0 averages gradients by itself; by the others' way of it, sums of one batch would differ
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    return merge(ours, train.deepspeed)
+    return merge(ours, _users(train))
+
+
+def _zero(train: Train, workers: int, on_gpu: bool) -> dict[str, Any]:
+    """ZeRO's stage and where its parts lie."""
+    stage = train.zero_stage if train.zero_stage is not None else 2 if on_gpu and workers > 1 else 0
+    if train.offload == "none":
+        return {"stage": stage}
+    if not stage:
+        raise VasError(
+            "offload moves what ZeRO shares out, and stage 0 shares nothing",
+            "train.offload",
+            "set train.zero_stage to 2 or 3",
+        )
+    if train.offload == "nvme" and (stage != 3 or not train.nvme_path):
+        raise VasError(
+            "offload to NVMe needs ZeRO stage 3 and a folder",
+            "train.offload",
+            "set train.zero_stage=3 and train.nvme_path=/a/folder",
+        )
+    where: dict[str, Any] = {"device": train.offload}
+    if train.offload == "nvme":
+        where["nvme_path"] = train.nvme_path
+    return {"stage": stage, "offload_optimizer": where} | ({"offload_param": where} if stage == 3 else {})
+
+
+def _users(train: Train) -> dict[str, Any]:
+    """The user's own JSON: a mapping, or the location of a file."""
+    given = train.deepspeed
+    if isinstance(given, str):
+        try:
+            given = json.loads(storage.read_bytes(given))
+        except ValueError as error:
+            raise VasError(f"this DeepSpeed config is not valid JSON: {error}", str(train.deepspeed)) from None
+        if not isinstance(given, dict):
+            raise VasError("a DeepSpeed config is a JSON object", str(train.deepspeed))
+    # `auto` is what the Hugging Face Trainer fills in; here it means: leave it to the run
+    given = _without_auto(given)
+    for key, instead in OURS.items():
+        if key in given:
+            raise VasError(
+                f"`{key}` is the run's to say",
+                "train.deepspeed",
+                f"set {instead} instead, and leave it out of the JSON",
+            )
+    return given
+
+
+def _without_auto(given: dict[str, Any]) -> dict[str, Any]:
+    cleaned = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in given.items()}
+    return {key: value for key, value in cleaned.items() if value != "auto"}
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

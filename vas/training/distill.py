@@ -1,135 +1,160 @@
 """Distils a trained value model into vocab heads, which score all next tokens from the parent state.
 
-The teacher's backbone stays as it is, and so does what it says of a state; only the new heads are fitted,
-to the teacher's values of the base model's likeliest tokens at every place of some rollouts. Fitting a
-vocab head to the tokens that were taken would leave it without an opinion of the others.
+The student is the teacher's backbone with new heads; backbone and heads are fitted to the teacher's values of
+the base model's likeliest tokens at every place of some rollouts (see `lessons.py`). Fitting a vocab head to
+the tokens that were taken would leave it without an opinion of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vas import guidance
-from vas.decoding.runner import ModelRunner
 from vas.models.base import BaseModel
-from vas.models.heads import VocabHead
+from vas.models.heads import Head
 from vas.models.value import ValueModel, ValueModelConfig
+from vas.progress import Tracker
+from vas.training.agreement import agreement, errors
+from vas.training.batches import collate
+from vas.training.lessons import Lesson, Lessons, labels
 
-BATCH = 16  # rollouts in a pass
-STATES = 512  # parent states in an optimizer step
-WEIGHT_DECAY = 0.1
+UNIFORM = 0.2  # of a candidate's weight: unlikely tokens count too, a strong guidance may pick them
+ROWS = 4  # prompts in an optimizer step, each with all its responses
+WEIGHT_DECAY = 0.01
+WARMUP = 0.05  # share of the steps
+CLIP = 1.0
+EPOCHS = 6
 
 
-@dataclass(slots=True)
-class Lesson:
-    """What the teacher says: of N parent states, K candidates each."""
+class VocabObjective(nn.Module):
+    """Loss of a value model with vocab heads on lessons; a module that DeepSpeed can wrap."""
 
-    hidden_NH: Tensor
-    tokens_NK: Tensor
-    logprobs_NK: Tensor
-    """log π0 of the candidates; -inf for one that doesn't count."""
-    values_NKJ: Tensor
+    def __init__(self, student: ValueModel) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, lessons: Sequence[Lesson]) -> Tensor:
+        """The share of the teacher's advantages that is not explained, the mean of the objectives."""
+        _, logprobs, wanted = labels(lessons, self.student.device)
+        error_J, variance_J = errors(self.values(lessons), wanted, logprobs, UNIFORM)
+        return (error_J / variance_J).mean()
+
+    def values(self, lessons: Sequence[Lesson]) -> Tensor:
+        """The student's values of the lessons' candidates [P, K, J]."""
+        student = self.student
+        batch = collate([lesson.row for lesson in lessons]).to(student.device)
+        hidden = student.hidden(
+            batch.input_ids_BT,
+            position_ids=batch.position_ids_BT,
+            attention_mask=batch.attention_mask(next(student.backbone.parameters()).dtype),
+        )
+        step = torch.arange(batch.state_NS.shape[1], device=student.device)
+        response_P, step_P = (step < batch.last_N[:, None]).nonzero(as_tuple=True)
+        parents = hidden[batch.row_N[response_P], batch.state_NS[response_P, step_P]]
+        tokens, _, _ = labels(lessons, student.device)
+        return student.next_values(student.outputs(parents), tokens)
+
+
+def new_student(teacher: ValueModel) -> ValueModel:
+    """A copy of the teacher with fresh vocab heads; all of it can be trained but the embeddings."""
+    config = teacher.config.to_dict() | {"head": {"kind": "vocab"}, "dtype": "float32"}
+    student = ValueModel(ValueModelConfig(**config))
+    student.backbone.load_state_dict(teacher.backbone.state_dict())
+    for head in student.heads:
+        cast(Head, head).reset()
+    student = student.float().to(teacher.device)
+    student.get_input_embeddings().requires_grad_(False)
+    return student
 
 
 def distill(
     base: BaseModel,
     teacher: ValueModel,
-    rollouts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    rows: Sequence[dict[str, Any]],
     candidates: int = 20,
     temperature: float = 1.0,
-    epochs: int = 10,
-    lr: float = 3e-4,
-    seed: int = 0,
-) -> tuple[ValueModel, float]:
-    """A value model with vocab heads on the teacher's backbone, and the share of the advantages' variance it explains.
+    **how: Any,
+) -> tuple[ValueModel, list[dict[str, Any]]]:
+    """A value model with vocab heads, and what each epoch brought; the teacher stays as it is.
 
-    rollouts: prompt and response token ids. candidates, temperature: of π0, as decoding will ask for them.
-    The share is of the last tenth of the rollouts, which are not fitted; it is 1 for a perfect copy.
+    rows: packed rollouts; a random tenth of them is not trained on. candidates, temperature: of π0, as decoding
+    will ask for them. how: see `learn`.
     """
-    student = ValueModel(
-        ValueModelConfig(**(teacher.config.to_dict() | {"head": {"kind": "vocab"}, "dtype": "float32"}))
+    make, lessons = Lessons(base, teacher, candidates, temperature), []
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    with Tracker("lessons", len(rows)) as tracker:
+        for i in order:
+            lessons += make([rows[i]])
+            tracker.advance(1)
+    unseen = max(1, len(lessons) // 10)
+    return learn(new_student(teacher), lessons[:-unseen], lessons[-unseen:], **how)
+
+
+def learn(
+    student: ValueModel,
+    lessons: Sequence[Lesson],
+    unseen: Sequence[Lesson],
+    epochs: int = EPOCHS,
+    lr: float = 3e-4,
+    head_lr: float = 1e-3,
+    seed: int = 0,
+) -> tuple[ValueModel, list[dict[str, Any]]]:
+    """Fit a student to lessons; of its epochs, the one that explains most of the unseen lessons stays.
+
+    Returns it, frozen, and an entry an epoch as `history.Entry`, but that it knows nothing of rewards: `held_out`
+    is empty, and `unseen` has the figures of `agreement`.
+    """
+    objective = VocabObjective(student)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in student.backbone.parameters() if p.requires_grad], "lr": lr},
+            {"params": list(student.heads.parameters()), "lr": head_lr},
+        ],
+        weight_decay=WEIGHT_DECAY,
     )
-    student.backbone.load_state_dict(teacher.backbone.state_dict())
-    student = student.float().to(teacher.device)
-    for head in student.heads:
-        cast(VocabHead, head).reset()
-    held_out = max(1, len(rollouts) // 10)
-    lesson = _join(_lessons(base, teacher, rollouts[:-held_out], candidates, temperature))
-    test = _join(_lessons(base, teacher, rollouts[-held_out:], candidates, temperature))
-
-    parameters = [parameter for head in student.heads for parameter in head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
-    steps = epochs * -(-len(lesson.hidden_NH) // STATES)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    steps = epochs * -(-len(lessons) // ROWS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=steps, pct_start=WARMUP, cycle_momentum=False
+    )
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for some in torch.randperm(len(lesson.hidden_NH), generator=generator).split(STATES):
-            error, _ = _errors(student, lesson, some)
-            optimizer.zero_grad()
-            error.backward()
-            optimizer.step()
-            schedule.step()
-    with torch.no_grad():
-        error, variance = _errors(student, test, torch.arange(len(test.hidden_NH)))
-    return student.requires_grad_(False).eval(), 1 - float(error / variance)
+    history: list[dict[str, Any]] = []
+    kept: dict[str, Tensor] = {}
+    with Tracker("distilling", epochs * len(lessons)) as tracker:
+        for epoch in range(1, epochs + 1):
+            student.train()
+            losses: list[float] = []
+            for some in torch.randperm(len(lessons), generator=generator).split(ROWS):
+                loss = objective([lessons[i] for i in some])
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+                optimizer.step()
+                schedule.step()
+                losses.append(float(loss.detach()))
+                tracker.advance(len(some), f"epoch {epoch}, unexplained {losses[-1]:.2f}")
+            history.append({"epoch": epoch, "losses": losses, "held_out": {}, "unseen": judge(student, unseen)})
+            if best_epoch(history) == len(history) - 1:
+                kept = copy.deepcopy(student.state_dict())
+    student.load_state_dict(kept)
+    return student.requires_grad_(False).eval(), history
 
 
-def _errors(student: ValueModel, lesson: Lesson, some: Tensor) -> tuple[Tensor, Tensor]:
-    """π0-weighted squared error of the student's advantages, and what it would be if they were all 0."""
-    tokens, logprobs = lesson.tokens_NK[some], lesson.logprobs_NK[some]
-    every = logprobs > guidance.NEVER
-    outputs = [cast(VocabHead, head)(lesson.hidden_NH[some]) for head in student.heads]
-    found = guidance.advantages(student.next_values(outputs, tokens), logprobs, every)
-    wanted = guidance.advantages(lesson.values_NKJ[some], logprobs, every)
-    weights = torch.softmax(logprobs, dim=-1)[..., None]
-    return (weights * (found - wanted).square()).mean(), (weights * wanted.square()).mean()
+@torch.no_grad()
+def judge(student: ValueModel, lessons: Sequence[Lesson]) -> dict[str, dict[str, float]]:
+    """The figures of `agreement` on some lessons."""
+    student.eval()
+    objective = VocabObjective(student)
+    values = torch.cat([objective.values(lessons[i : i + ROWS]) for i in range(0, len(lessons), ROWS)])
+    _, logprobs, wanted = labels(lessons, values.device)
+    return agreement(values, wanted, logprobs, student.objectives)
 
 
-@torch.inference_mode()
-def _lessons(
-    base: BaseModel,
-    teacher: ValueModel,
-    rollouts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    candidates: int,
-    temperature: float,
-) -> Iterator[Lesson]:
-    """The teacher's values of the candidates at every place of the rollouts, a batch at a time."""
-    eos = torch.tensor(base.eos_token_ids, dtype=torch.long, device=base.model.device)
-    policy, value = ModelRunner(base.model), ModelRunner(teacher.backbone)
-    for start in range(0, len(rollouts), BATCH):
-        batch = rollouts[start : start + BATCH]
-        owners = list(range(len(batch)))
-        tokens = [(*prompt, *response) for prompt, response in batch]
-        for runner in (policy, value):
-            for owner in owners:
-                runner.cache.add(owner)
-        logits = policy.extend(owners, tokens, logits=True)
-        hidden = value.extend(owners, tokens)
-        first = np.cumsum([0, *map(len, tokens[:-1])])
-        # the state before each token of the response, as an index into the pass, and the token's place
-        index = np.repeat(owners, [len(response) for _, response in batch])
-        places = np.concatenate([len(p) + np.arange(len(r)) for p, r in batch])
-        parents = torch.from_numpy(first[index] + places - 1)
-        logprobs = torch.log_softmax(logits[parents].float() / temperature, dim=-1)
-        asked, valid = guidance.select_candidates(logprobs, torch.full((len(index),), candidates), eos)
-        nothing: list[tuple[int, ...]] = [()] * len(batch)
-        k, flat = asked.shape[1], asked.flatten().cpu().numpy()
-        branches, _ = value.branch(owners, nothing, index.repeat(k), flat, places=places.repeat(k))
-        values = teacher.values(teacher.outputs(branches)).view(*asked.shape, -1)
-        yield Lesson(hidden[parents], asked, logprobs.gather(1, asked).masked_fill(~valid, guidance.NEVER), values)
-        for runner in (policy, value):
-            for owner in owners:
-                runner.cache.free(owner)
-
-
-def _join(lessons: Iterator[Lesson]) -> Lesson:
-    """Many lessons as one, as tensors that can be trained on."""
-    every = list(lessons)
-    columns = ("hidden_NH", "tokens_NK", "logprobs_NK", "values_NKJ")
-    return Lesson(*(torch.cat([getattr(each, name) for each in every]).clone() for name in columns))
+def best_epoch(history: Sequence[dict[str, Any]]) -> int:
+    """Index of the epoch that explains most of the unseen lessons' advantages, the mean of the objectives."""
+    shares = [[each["explained"] for each in entry["unseen"].values()] for entry in history]
+    return max(range(len(history)), key=lambda number: sum(shares[number]) / len(shares[number]))

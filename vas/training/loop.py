@@ -2,182 +2,201 @@
 
 from __future__ import annotations
 
-import math
-import tempfile
+import resource
 import time
 from contextlib import nullcontext
-from itertools import islice
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
 import ray.train
 import torch
-from torch import nn
+import torch.distributed
 
 from vas.config import RunConfig
 from vas.models.base import load_tokenizer, set_threads
-from vas.models.value import ValueModel
-from vas.training.batches import Batch, collate
-from vas.training.card import model_card
-from vas.training.deepspeed_config import deepspeed_config
+from vas.training import history, resume
+from vas.training.build import Built, build_engine
+from vas.training.data import Packed, Share
+from vas.training.export import describe, export, full_state
 from vas.training.metrics import Held
 from vas.training.objective import ValueObjective
+from vas.training.schedule import factor
+from vas.training.speed import flops_per_token, product_rate
+from vas.training.tracking import Tracking
 
-SHUFFLE_ROWS = 256
+WATCH = 10  # steps between looks for a machine that is about to be taken away
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Fit the value model; the last epoch writes the checkpoint contract to `settings["output"]`.
+    """Fit the value model; the best epoch's is written to `settings["output"]`, a checkpoint by the contract.
 
-    settings: `config` (RunConfig), `objectives` (as in ValueModelConfig), `rows` (training
-    rows over all workers), `threads`, `output`, `board` (an actor that takes progress).
+    settings: `config` (RunConfig), `objectives` (as in ValueModelConfig), `packed` (side → location of the
+    packed rows), `threads`, `output`, `tracked` (where TensorBoard's files go), `board` (takes progress).
     """
     config: RunConfig = settings["config"]
     set_threads(settings["threads"])
-    torch.manual_seed(config.seed)
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    on_gpu = config.resources.gpus_per_worker > 0
-    tokenizer = load_tokenizer(*config.backbone())
-    model = ValueModel.build(
-        config.value,
-        config.base,
-        tokenizer,
-        settings["objectives"],
-        td_lambda=config.train.td_lambda,
-        run_digest=config.digest(),
-    )
-    model.get_input_embeddings().requires_grad_(config.train.train_embeddings)
-    ds_config = deepspeed_config(config.train, workers, on_gpu)
-    passes = math.ceil(settings["rows"] // workers / ds_config["train_micro_batch_size_per_gpu"])
-    steps = math.ceil(passes / ds_config["gradient_accumulation_steps"]) * config.train.epochs
-    # Only inference uses it, and DeepSpeed would compile it first: half a minute, and a C++ compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=ValueObjective(model, config.train.td_lambda),
-        model_parameters=_parameter_groups(model, config),
-        config=ds_config,
-        lr_scheduler=lambda optimizer: _schedule(optimizer, steps, config.train.warmup),
-    )
-    history: list[dict[str, Any]] = []
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            _, state = engine.load_checkpoint(folder)
-            history = state["history"]
-    for epoch in range(len(history), config.train.epochs):
-        losses = _train_epoch(engine, config, epoch, settings, rank)
-        metrics = _evaluate(engine, ds_config["train_micro_batch_size_per_gpu"])
-        history.append({"epoch": epoch + 1, "losses": losses, "held_out": metrics})
-        if epoch + 1 == config.train.epochs:
-            _export(engine, model, tokenizer, config, history, settings["output"], rank)
-        with tempfile.TemporaryDirectory() as folder:
-            engine.save_checkpoint(folder, client_state={"history": history})
-            summary = {"epoch": epoch + 1, "loss": sum(losses) / max(len(losses), 1), "held_out": metrics}
-            ray.train.report(summary, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    torch.manual_seed(config.seed)  # of all that is random only the order of the data comes later: it seeds itself
+    built = build_engine(config, settings["objectives"], ray.train.get_context().get_world_size())
+    _Training(built, settings).run()
 
 
-def _train_epoch(engine: Any, config: RunConfig, epoch: int, settings: dict[str, Any], rank: int) -> list[float]:
-    """One pass over this worker's shard; the worker's own loss at every optimizer step."""
-    engine.train()
-    losses: list[float] = []
-    tokens, started = 0, time.monotonic()
-    tables = iter(
-        ray.train.get_dataset_shard("train").iter_batches(
-            batch_size=engine.train_micro_batch_size_per_gpu(),
-            batch_format="pyarrow",
-            local_shuffle_buffer_size=SHUFFLE_ROWS,
-            local_shuffle_seed=config.seed + epoch,
-        )
-    )
-    while step := list(islice(tables, engine.gradient_accumulation_steps())):
-        running = []
-        for number, table in enumerate(step, 1):
-            batch = _on_device(collate(table.to_pylist()), engine)
-            # an epoch's last step may be short of passes; shards are equal, so it is on every worker
-            engine.set_gradient_accumulation_boundary(number == len(step))
-            loss, _ = engine(batch)
-            engine.backward(loss)
-            engine.step()
-            running.append(loss.detach())
-            tokens += batch.tokens
-        losses.append(float(torch.stack(running).mean()))
-        if rank == 0:
-            rate = tokens / (time.monotonic() - started)
-            settings["board"].advance.remote(
-                sum(table.num_rows for table in step) * ray.train.get_context().get_world_size(),
-                f"epoch {epoch + 1}, loss {losses[-1]:.3f}, {rate:.0f} tokens/s a worker",
+class _Training:
+    """One worker's part in a training."""
+
+    def __init__(self, built: Built, settings: dict[str, Any]) -> None:
+        self._engine, self._rates, self._progress, self._settings = built.engine, built.rates, built.progress, settings
+        self._config: RunConfig = settings["config"]
+        self._objective: ValueObjective = built.engine.module
+        context = ray.train.get_context()
+        self._rank, self._workers = context.get_world_rank(), context.get_world_size()
+        self._passes = built.engine.gradient_accumulation_steps()
+        self._train, self._held_out = (Packed(settings["packed"][side]) for side in ("train", "held_out"))
+        self._epochs = [
+            self._train.epoch(self._config.train.batch_size, (self._config.seed, epoch))
+            for epoch in range(self._config.train.epochs)
+        ]
+        self._speed = _Speed(self._objective, built.engine.device)
+
+    def run(self) -> None:
+        """What is left of the training."""
+        progress, train = self._progress, self._config.train
+        with self._tracking() if self._rank == 0 else nullcontext() as tracking:
+            if progress.resumed:
+                begun = self._epochs[progress.epoch].steps[: progress.step] if progress.epoch < train.epochs else []
+                rows = len(self._train) * progress.epoch + sum(len(step.rows) for step in begun)
+                self._report_rows(rows, f"going on after step {progress.step} of epoch {progress.epoch + 1}")
+            while progress.epoch < train.epochs and not history.hopeless(progress.history, train.patience):
+                self._epoch(tracking)
+                metrics = self._evaluate()
+                progress.finish_epoch(metrics)
+                if history.best(progress.history) == progress.epoch - 1:
+                    self._export()
+                if tracking is not None:
+                    tracking.log(self._steps_before(progress.epoch), _flat(metrics))
+                self._save(tracking, {"held_out": metrics})
+        if self._rank == 0:
+            describe(self._settings["output"], self._config, progress.history)
+
+    def _epoch(self, tracking: Tracking | None) -> None:
+        """The steps that are left of the next epoch."""
+        progress, train = self._progress, self._config.train
+        order = self._epochs[progress.epoch]
+        before, steps = self._steps_before(progress.epoch), self._steps_before(train.epochs)
+        self._engine.train()
+        self._speed.start()
+        warned = False
+        for share in self._train.shares(order, progress.step, self._rank, self._workers, self._passes):
+            number = before + progress.step
+            rate = factor(number, steps, train.warmup)
+            loss = self._step(share, rate)
+            progress.losses.append(loss)
+            progress.step += 1
+            figures = {"loss": loss, "lr": train.lr * rate} | self._speed.figures(share)
+            if tracking is not None:
+                tracking.log(number + 1, figures)
+            self._report_rows(
+                share.rows,
+                f"epoch {progress.epoch + 1}, loss {loss:.3f}, {figures['tokens_per_s'] * self._workers:.0f} tokens/s, "
+                f"{figures['mfu']:.0%} of the product rate",
             )
-    return losses
+            leaving = not warned and progress.step % WATCH == 0 and ray.train.get_preemption_info() is not None
+            warned = warned or leaving
+            if progress.step < len(order.steps) and (leaving or progress.step % train.checkpoint_steps == 0):
+                self._save(tracking, {"loss": loss})
+
+    def _step(self, share: Share, rate: float) -> float:
+        """One optimizer step; the loss is the mean over its states, of all workers."""
+        for group, peak in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = peak * rate
+        total = torch.zeros((), device=self._engine.device)
+        for batch in share.batches:
+            loss, _ = self._engine(batch.to(self._engine.device))
+            # DeepSpeed takes the mean over passes and workers: this makes it the mean over states
+            self._engine.backward(loss * (self._passes * self._workers / share.states))
+            self._engine.step()
+            total += loss.detach()
+        self._objective.follow()
+        torch.distributed.all_reduce(total)
+        return float(total) / share.states
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, Any]:
+        """Metrics on the held-out rollouts, the same on every worker."""
+        self._engine.eval()
+        held = Held()
+        size = self._engine.train_micro_batch_size_per_gpu()
+        for batch in self._held_out.batches(size, self._rank, self._workers):
+            moved = batch.to(self._engine.device)
+            _, values_NSJ = self._engine(moved)
+            rewards_NSJ = self._objective.standardise(moved.rewards_NJ)[:, None].expand_as(values_NSJ)
+            step = torch.arange(values_NSJ.shape[1], device=values_NSJ.device)
+            progress_NS = step / moved.last_N[:, None].clamp(min=1)
+            keep = moved.trained_NS
+            held.add(values_NSJ[keep].cpu().numpy(), rewards_NSJ[keep].cpu().numpy(), progress_NS[keep].cpu().numpy())
+        everyone: list[Any] = [None] * self._workers
+        torch.distributed.all_gather_object(everyone, held)
+        merged = Held()
+        for part in everyone:
+            merged.extend(part)
+        return merged.report(self._objective.model.objectives)
+
+    def _export(self) -> None:
+        """The first worker writes the checkpoint, all lend their parts of the weights."""
+        model = self._objective.model
+        state = full_state(self._engine, model)
+        if self._rank == 0:
+            tokenizer = load_tokenizer(*self._config.backbone())
+            export(model, state, tokenizer, self._config, self._progress.history, self._settings["output"])
+
+    def _save(self, tracking: Tracking | None, metrics: dict[str, Any]) -> None:
+        """A checkpoint, and the learning curves up to it."""
+        resume.save(
+            self._engine, self._progress, {"epoch": self._progress.epoch, "step": self._progress.step} | metrics
+        )
+        if tracking is not None:
+            tracking.flush()
+
+    def _steps_before(self, epoch: int) -> int:
+        return sum(len(order.steps) for order in self._epochs[:epoch])
+
+    def _tracking(self) -> Tracking:
+        config = self._config
+        return Tracking.open(config.train.track, config.name, self._settings["tracked"], config.model_dump(mode="json"))
+
+    def _report_rows(self, rows: int, note: str) -> None:
+        if self._rank == 0 and rows:
+            self._settings["board"].advance.remote(rows, note)
 
 
-@torch.no_grad()
-def _evaluate(engine: Any, batch_size: int) -> dict[str, Any]:
-    """Metrics on the held-out rollouts, the same on every worker."""
-    engine.eval()
-    held = Held()
-    objective: ValueObjective = engine.module
-    for table in ray.train.get_dataset_shard("held_out").iter_batches(batch_size=batch_size, batch_format="pyarrow"):
-        batch = _on_device(collate(table.to_pylist()), engine)
-        _, values_NSJ = engine(batch)
-        rewards_NSJ = objective.standardise(batch.rewards_NJ)[:, None].expand_as(values_NSJ)
-        step = torch.arange(values_NSJ.shape[1], device=values_NSJ.device)
-        progress_NS = step / batch.last_N[:, None].clamp(min=1)
-        keep = batch.trained_NS
-        held.add(values_NSJ[keep].cpu().numpy(), rewards_NSJ[keep].cpu().numpy(), progress_NS[keep].cpu().numpy())
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, held)
-    merged = Held()
-    for part in everyone:
-        merged.extend(part)
-    return merged.report(objective.model.objectives)
+class _Speed:
+    """Tokens per second of this worker, and the share of the machine's product rate that they make."""
+
+    def __init__(self, objective: ValueObjective, device: torch.device) -> None:
+        dtype = next(objective.model.backbone.parameters()).dtype
+        self._rate, self._flops = product_rate(device, dtype), flops_per_token(objective.model.backbone)
+
+    def start(self) -> None:
+        """An epoch begins."""
+        self._tokens, self._started = 0, time.monotonic()
+
+    def figures(self, share: Share) -> dict[str, float]:
+        """After a step, of the epoch so far; memory is the most that this process ever held."""
+        self._tokens += sum(batch.tokens for batch in share.batches)
+        speed = self._tokens / (time.monotonic() - self._started)
+        return {"tokens_per_s": speed, "mfu": speed * self._flops / self._rate, "memory_bytes": peak_memory()}
 
 
-def _export(
-    engine: Any,
-    model: ValueModel,
-    tokenizer: Any,
-    config: RunConfig,
-    history: list[dict[str, Any]],
-    output: str,
-    rank: int,
-) -> None:
-    """Rank 0 writes the checkpoint contract; with ZeRO-3 all ranks lend their parts of the weights."""
-    sharded = engine.zero_optimization_partition_weights()
-    whole = deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0) if sharded else nullcontext()
-    with whole:
-        if rank == 0:
-            model.save(output, tokenizer, model_card(model.config, config, history), history)
+def peak_memory() -> int:
+    """Bytes that this worker held at most: of the GPU if it has one, else of main memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _on_device(batch: Batch, engine: Any) -> Batch:
-    return batch.to(engine.device, next(engine.module.model.backbone.parameters()).dtype)
-
-
-def _parameter_groups(model: ValueModel, config: RunConfig) -> list[dict[str, Any]]:
-    """The heads learn at a rate of their own; biases, norms and heads don't decay."""
-    train = config.train
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    head: list[nn.Parameter] = [p for name, p in named if name.startswith("heads.")]
-    decay = [p for name, p in named if not name.startswith("heads.") and p.ndim > 1]
-    plain = [p for name, p in named if not name.startswith("heads.") and p.ndim <= 1]
-    groups = [
-        {"params": decay, "lr": train.lr, "weight_decay": train.weight_decay},
-        {"params": plain, "lr": train.lr, "weight_decay": 0.0},
-        {"params": head, "lr": train.head_lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _schedule(optimizer: Any, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear rise over `warmup`·steps, then a cosine down to a tenth."""
-    rise = max(1, int(steps * warmup))
-
-    def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        share = min(1.0, (step - rise) / max(1, steps - rise))
-        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def _flat(metrics: dict[str, Any]) -> dict[str, float]:
+    """The held-out figures that are one number each, named as a path."""
+    return {
+        f"held_out/{objective}/{name}": value
+        for objective, figures in metrics.items()
+        for name, value in figures.items()
+        if isinstance(value, float)
+    }

@@ -1,15 +1,24 @@
 """Rollouts to training rows: a prompt once, with all its responses behind it (see batches.py).
 
-Runs in Ray Data's tasks, so it keeps clear of torch, whose import takes longer than the work.
+Runs in Ray's tasks, so it keeps clear of torch, whose import takes longer than the work.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from vas import storage
+from vas.digests import digest
+from vas.progress import Tracker
 
 ROW_TOKENS = 2048  # a longer row is split; each part brings the prompt again
+FILE_ROLLOUTS = 4096  # rollouts that one task packs into one file
 
 PACKED_SCHEMA = pa.schema(
     [
@@ -19,10 +28,78 @@ PACKED_SCHEMA = pa.schema(
         ("ended", pa.list_(pa.bool_())),  # the response ended itself, so its last state is terminal
     ]
 )
+INDEX = "index.parquet"  # written last: a row a packed row, with `file`, `tokens`, `states`
+COLUMNS = ["prompt_id", "prompt_token_ids", "response_token_ids", "finish_reason", "error", "held_out", "rewards"]
+
+
+def pack_all(files: list[str], rows: list[int], objectives: list[str], location: str) -> dict[str, str]:
+    """Pack rollout files into training rows, a side of the split each; returns side → location.
+
+    rows: rollouts in each of the files. What is packed already, from the same files for the same objectives,
+    is not packed again: the locations are named after them.
+    """
+    target = storage.join(location, digest("packed", *objectives, *sorted(files)))
+    sides = {side: storage.join(target, side) for side in ("train", "held_out")}
+    if storage.exists(storage.join(sides["held_out"], INDEX)):
+        return sides
+    groups = _groups(files, rows)
+    tasks = ray.data.from_items([{"number": n, "files": group} for n, group in enumerate(groups)])
+    packed = tasks.map(partial(_pack_group, objectives=objectives, sides=sides), num_cpus=1)
+    found: list[dict[str, Any]] = []
+    with Tracker("packing", len(groups)) as tracker:
+        for row in packed.iter_rows():
+            found.append(row)
+            tracker.advance(1)
+    found.sort(key=lambda row: row["number"])
+    for side, place in sides.items():
+        storage.write_table(storage.join(place, INDEX), _index(found, side))
+    return sides
+
+
+def _groups(files: list[str], rows: list[int]) -> list[list[str]]:
+    """Files in order, in groups of about `FILE_ROLLOUTS` rollouts."""
+    number = (np.cumsum(rows) - 1) // FILE_ROLLOUTS
+    return [[files[i] for i in np.flatnonzero(number == n)] for n in np.unique(number)]
+
+
+def _pack_group(task: dict[str, Any], objectives: list[str], sides: dict[str, str]) -> dict[str, Any]:
+    """Pack one group into a file of each side; says how long the rows are."""
+    table = storage.read_table(list(task["files"]), columns=COLUMNS)
+    about: dict[str, Any] = {"number": task["number"]}
+    for side, place in sides.items():
+        packed = pack(table.filter(pc.equal(table["held_out"], side == "held_out")), objectives)
+        storage.write_table(packed_file(place, task["number"]), packed)
+        about[f"{side}_tokens"], about[f"{side}_states"] = lengths(packed)
+    return about
+
+
+def packed_file(location: str, number: int) -> str:
+    """Where a file of packed rows lies."""
+    return storage.join(location, f"{number:06d}.parquet")
+
+
+def _index(found: list[dict[str, Any]], side: str) -> pa.Table:
+    tokens, states = ([list(row[f"{side}_{what}"]) for row in found] for what in ("tokens", "states"))
+    file = np.repeat(np.arange(len(found)), [len(each) for each in tokens])
+    return pa.table({"file": file, "tokens": _flat(tokens), "states": _flat(states)})
+
+
+def _flat(lists: list[list[int]]) -> pa.Array:
+    return pa.array([number for numbers in lists for number in numbers], pa.int64())
+
+
+def lengths(packed: pa.Table) -> tuple[list[int], list[int]]:
+    """Tokens of each packed row, and its states that have a target (see `batches.Batch`)."""
+    tokens, states = [], []
+    for row in packed.to_pylist():
+        written = sum(map(len, row["responses"]))
+        tokens.append(len(row["prompt"]) + written)
+        states.append(written + sum(row["ended"]))  # the prompt's end counts, a cut response's last state doesn't
+    return tokens, states
 
 
 def pack(table: pa.Table, objectives: list[str]) -> pa.Table:
-    """Rollout rows of one block to packed rows; failed rollouts stay out."""
+    """Rollout rows to packed rows; failed rollouts stay out."""
     groups: dict[str, dict[str, Any]] = {}
     for row in table.to_pylist():
         if row["error"] is not None or not row["response_token_ids"]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
@@ -24,32 +23,38 @@ from vas.errors import VasError
 from vas.placement import worker_threads
 from vas.progress import Tracker
 from vas.rewards import load_rewards
-from vas.training.packing import pack
+from vas.training import history
+from vas.training.packing import INDEX, pack_all
+
+MAX_FAILURES = 3  # workers that die of other than a machine taken away; those are not counted
 
 
 def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> dict[str, Any]:
-    """Fit a value model to the rollouts under `rollouts`; returns the last epoch's metrics.
+    """Fit a value model to the rollouts under `rollouts`; returns the best epoch's entry of the history.
 
-    rollouts, train_storage (Ray Train's own, resume state) and output (the checkpoint) are
-    locations. A run that was interrupted goes on from its last checkpoint.
+    rollouts, train_storage (packed rows, learning curves, Ray Train's own resume state) and output (the
+    checkpoint) are locations. A run that was interrupted goes on from its last checkpoint.
     Raises VasError if there is nothing to learn from.
     """
     files = storage.list_files(rollouts, ".parquet")
-    table = storage.read_table(files, columns=["prompt_id", "held_out", "error", "rewards"])
-    objectives = objective_statistics(config, table)
+    tables = [storage.read_table([file], columns=["held_out", "error", "rewards"]) for file in files]
+    objectives = objective_statistics(config, pa.concat_tables(tables, promote_options="default"))
     resources = config.resources
     threads = worker_threads(resources)
-    board = _Board.remote()  # type: ignore[attr-defined]
-    packed = {side: _packed(files, side == "held_out", list(config.rewards)) for side in ("train", "held_out")}
-    rows = packed["train"].count()
+    board = _Board.remote()  # type: ignore[attr-defined]  # Ray adds `remote` to the class it decorates
+    packed = pack_all(
+        files, [len(table) for table in tables], list(config.rewards), storage.join(train_storage, "packed")
+    )
+    rows = len(storage.read_table([storage.join(packed["train"], INDEX)]))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "config": config,
             "objectives": objectives,
-            "rows": rows,
+            "packed": packed,
             "threads": threads,
             "output": output,
+            "tracked": storage.join(train_storage, "tensorboard"),
             "board": board,
         },
         scaling_config=ray.train.ScalingConfig(
@@ -60,18 +65,16 @@ def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> 
         run_config=ray.train.RunConfig(
             name="ray_train",
             storage_path=train_storage,
-            failure_config=ray.train.FailureConfig(max_failures=3),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
-        datasets=packed,  # shards are equal: up to workers−1 rows sit an epoch out
-        dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
     )
-    progress = Tracker("training", rows * config.train.epochs)
-    with progress as tracker, _following(board, tracker), _interruptible():
+    with Tracker("training", rows * config.train.epochs) as tracker, _following(board, tracker), _interruptible():
         result = trainer.fit()
     if result.error is not None:
         raise result.error
-    return result.metrics or {}
+    entries: list[dict[str, Any]] = json.loads(storage.read_bytes(storage.join(output, "training.json")))
+    return entries[history.best(entries)]
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -115,33 +118,6 @@ def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, A
             }
         )
     return found
-
-
-def _packed(files: list[str], held_out: bool, objectives: list[str]) -> ray.data.MaterializedDataset:
-    """Training rows of one side of the split, packed once, file by file; Ray spills what memory does not hold."""
-    filesystem, _ = storage.filesystem(files[0])
-    paths = [storage.filesystem(file)[1] for file in files]
-    columns = [
-        "prompt_id",
-        "prompt_token_ids",
-        "response_token_ids",
-        "finish_reason",
-        "error",
-        "held_out",
-        "rewards",
-    ]
-    rows = ray.data.read_parquet(paths, filesystem=filesystem, columns=columns, num_cpus=1).map_batches(
-        partial(_pack_side, held_out=held_out, objectives=objectives),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=1,
-    )
-    rows.context.execution_options.preserve_order = True  # the same seed gives the same losses
-    return rows.materialize()
-
-
-def _pack_side(table: pa.Table, held_out: bool, objectives: list[str]) -> pa.Table:
-    return pack(table.filter(pc.equal(table["held_out"], held_out)), objectives)
 
 
 def _resources_per_worker(config: RunConfig, threads: int) -> dict[str, float]:

@@ -1,0 +1,99 @@
+"""Training on a real Ray with real DeepSpeed: whoever computes it, and whatever breaks, it is the same training."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from fits import assert_same_training, config_of, workers
+from tools import descendants, wait_until
+
+from vas.config import Resources
+from vas.run.cluster import ray_cluster
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray():
+    with ray_cluster(Resources(num_cpus=2, object_store_memory=200 * 2**20)):
+        yield
+
+
+# --- the same training whoever computes it --------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_workers_train_as_one(fit, alone, stage):
+    assert_same_training(fit("two", *workers(2, f"train.zero_stage={stage}")), alone)
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+SLOW = ("train.checkpoint_steps=1",)
+DRIVER = """
+import json, sys, ray
+from vas.config import parse_config
+from vas.training.trainer import train
+
+ray.init(address="auto", log_to_driver=False)
+content, rollouts, storage, output = json.loads(sys.argv[1])
+train(parse_config(content, "the driver"), rollouts, storage, output)
+"""
+
+
+def has_checkpoint(storage: Path) -> bool:
+    """Whether Ray Train knows of one."""
+    snapshot = storage / "ray_train" / "checkpoint_manager_snapshot.json"
+    return snapshot.exists() and "checkpoint_20" in snapshot.read_text()
+
+
+def training_workers() -> list[psutil.Process]:
+    return [process for process in descendants(psutil.Process().pid) if "RayTrainWorker" in title(process)]
+
+
+def title(process: psutil.Process) -> str:
+    """What Ray calls a process; nothing once it is dead."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def resumed(checkpoint: Path) -> list[int]:
+    return [
+        step for epoch in json.loads((checkpoint / "training.json").read_text()) for step in epoch.get("resumed", [])
+    ]
+
+
+def test_a_worker_that_is_killed_in_an_epoch_costs_nothing(fit, alone, tmp_path):
+    storage = tmp_path / "killed" / "train"
+
+    def kill_one() -> None:
+        wait_until(lambda: has_checkpoint(storage), 120, "a checkpoint")
+        training_workers()[-1].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    disturbed = fit("killed", *workers(2, *SLOW))
+    killer.join()
+    assert resumed(disturbed)
+    assert_same_training(disturbed, alone)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_one_worker_goes_on_where_two_were_stopped(fit, alone, make_config, rollouts, tmp_path, stage):
+    overrides = (*SLOW, f"train.zero_stage={stage}")
+    storage, output = tmp_path / "stopped" / "train", tmp_path / "stopped" / "value"
+    content = config_of(make_config, *workers(2, *overrides)).model_dump(mode="json")
+    command = [sys.executable, "-c", DRIVER, json.dumps([content, rollouts, str(storage), str(output)])]
+    with (tmp_path / "driver.log").open("w") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=log)
+        wait_until(lambda: has_checkpoint(storage) or driver.poll() is not None, 120, "a checkpoint")
+        driver.kill()
+        driver.wait()
+    wait_until(lambda: not training_workers(), 60, "no worker left")
+    assert fit("stopped", *workers(1, *overrides)) == output
+    assert resumed(output)
+    assert_same_training(output, alone)

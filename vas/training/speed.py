@@ -1,0 +1,44 @@
+"""How fast training is, beside what the machine can do."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+SIZE = 2048
+SECONDS = 0.3
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product, measured here and now, with this worker's threads."""
+    a, b = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    _wait(device)
+    started, runs = time.perf_counter(), 0
+    while time.perf_counter() - started < SECONDS:
+        torch.mm(a, b)
+        _wait(device)
+        runs += 1
+    return 2 * SIZE**3 * runs / (time.perf_counter() - started)
+
+
+def flops_per_token(backbone: nn.Module) -> float:
+    """Of the backbone's products: 2 a weight forward, 2 for gradients that flow through it, 2 for its own gradient.
+
+    Embeddings look up and multiply nothing; attention's products with its context, and heads, are left out.
+    """
+    embeddings = {id(p) for m in backbone.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trained = any(p.requires_grad for p in backbone.parameters())
+    factors = ((p, 6 if p.requires_grad else 4 if trained else 2) for p in backbone.parameters())
+    return float(sum(factor * _size(p) for p, factor in factors if id(p) not in embeddings))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
