@@ -13,7 +13,10 @@ from command import python, python_environment, tiny_content, tiny_run, vas
 from vas.config import load_config
 
 HEAVY = ("torch", "ray", "transformers", "deepspeed")
-COMMANDS = ["", "run", "rollout", "train", "evaluate", "generate", "rewards", "config", "config show", "config check"]
+COMMANDS = [
+    *("", "run", "rollout", "train", "evaluate", "generate", "rewards", "config", "config show", "config check"),
+    *("value", "value show", "value score", "value push", "value distill"),
+]
 
 # A process that runs the command line and says at the end what it had imported.
 SPY = """
@@ -49,7 +52,7 @@ def test_help_loads_nothing_heavy(command):
     assert not imported(found.stderr) & set(HEAVY)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("", "config")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("", "config", "value")])
 def test_help_shows_an_example(command):
     found = vas(*command.split(), "--help")
     assert f"Example: vas {command}" in found.stdout
