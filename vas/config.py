@@ -113,6 +113,16 @@ class Value(_Section):
     lora: Lora | None = None
     """Train low-rank adapters instead of the backbone's own weights; the checkpoint has them merged in."""
 
+    def head_spec(self) -> dict[str, Any]:
+        """What a checkpoint says of its heads."""
+        return {"kind": self.head, "bins": self.bins, "label": self.label}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Value:
+        if self.extends is not None and (self.lora or self.layers or self.backbone):
+            raise ValueError("extends brings its backbone, frozen: leave out backbone, layers and lora")
+        return self
+
 
 class Train(_Section):
     td_lambda: float = Field(1.0, ge=0, le=1)
@@ -158,6 +168,16 @@ class Train(_Section):
     course are the run's to say."""
     track: list[Literal["tensorboard", "mlflow", "wandb"]] = ["tensorboard"]
     """Where learning curves go; TensorBoard's files lie in `train/tensorboard`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Train:
+        if self.target_ema is not None and self.zero_stage == 3:
+            raise ValueError("target_ema keeps a second network whole, which zero_stage 3 does not: take 2 or less")
+        if self.offload != "none" and not self.zero_stage:
+            raise ValueError("offload moves what ZeRO shares out, and stage 0 shares nothing: set zero_stage to 2 or 3")
+        if self.offload == "nvme" and (self.zero_stage != 3 or not self.nvme_path):
+            raise ValueError("offload to NVMe needs zero_stage 3 and nvme_path, a folder on that disk")
+        return self
 
 
 class Evaluation(_Section):

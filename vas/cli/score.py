@@ -20,11 +20,8 @@ from vas.models.base import encode_prompt, load_tokenizer, quieten
 from vas.models.value import ValueModel
 from vas.schema import Prompt
 
-_HIGH, _MIDDLE, _LOW = (
-    (0, 140, 100),
-    (238, 238, 238),
-    (213, 94, 0),
-)  # as in the report: green above the mean, orange below
+# as in the report: green above the mean, orange below
+_HIGH, _MIDDLE, _LOW = (0, 140, 100), (238, 238, 238), (213, 94, 0)
 _LEAST_SPAN = 0.5  # standard deviations: smaller differences stay pale
 _PART = "…"  # a token that ends inside a character
 

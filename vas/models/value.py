@@ -151,7 +151,7 @@ class ValueModel(PreTrainedModel):
 
         Its backbone is frozen if it extends another value model; with LoRA, only adapters are not.
         """
-        head = {"kind": spec.head, "bins": spec.bins, "label": spec.label}
+        head = spec.head_spec()
         if spec.extends is not None:
             return cls._extension(spec.extends, tokenizer, objectives, head, **about)
         source = spec.backbone or base.model
@@ -201,19 +201,7 @@ class ValueModel(PreTrainedModel):
     ) -> ValueModel:
         """New heads on the backbone of another value model, which stays as it is."""
         old = cls.load(location)
-        known = set(old.objectives) & {objective["name"] for objective in objectives}
-        if known:
-            raise VasError(
-                f"the value model has the objective '{sorted(known)[0]}' already",
-                f"value.extends: {location}",
-                "take it out of the run's rewards",
-            )
-        if old.config.head != head:
-            raise VasError(
-                f"the value model's heads are {old.config.head}, this run's would be {head}",
-                f"value.extends: {location}",
-                "set value.head, value.bins and value.label to be the same",
-            )
+        check_extension(old.config, location, [objective["name"] for objective in objectives], head)
         check_tokenizers(old, str(about.get("base_model", "of this run")), tokenizer_digest(tokenizer))
         model = cls(ValueModelConfig(**(old.config.to_dict() | {"objectives": objectives} | about)))
         model.backbone = old.backbone
@@ -299,6 +287,24 @@ def _with_adapters(backbone: nn.Module, lora: config.Lora) -> Any:
         cast(PreTrainedModel, backbone),
         peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets),
     )
+
+
+def check_extension(old: ValueModelConfig, location: str, objectives: Sequence[str], head: dict[str, Any]) -> None:
+    """Whether heads for some objectives can be added to a value model. Raises VasError if not."""
+    where = f"value.extends: {location}"
+    for objective in old.objectives:
+        if objective["name"] in objectives:
+            raise VasError(
+                f"the value model has the objective '{objective['name']}' already",
+                where,
+                "take it out of the run's rewards",
+            )
+    if old.head != head:
+        raise VasError(
+            f"the value model's heads are {old.head}, this run's would be {head}",
+            where,
+            "set value.head, value.bins and value.label to be the same",
+        )
 
 
 def check_tokenizers(model: ValueModel, base_name: str, base_digest: str) -> None:

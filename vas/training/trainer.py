@@ -24,6 +24,7 @@ from vas.placement import worker_threads
 from vas.progress import Tracker
 from vas.rewards import load_rewards
 from vas.training import history
+from vas.training.deepspeed_config import deepspeed_config
 from vas.training.packing import INDEX, pack_all
 
 MAX_FAILURES = 3  # workers that die of other than a machine taken away; those are not counted
@@ -36,6 +37,7 @@ def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> 
     checkpoint) are locations. A run that was interrupted goes on from its last checkpoint.
     Raises VasError if there is nothing to learn from.
     """
+    _check(config)
     files = storage.list_files(rollouts, ".parquet")
     tables = [storage.read_table([file], columns=["held_out", "error", "rewards"]) for file in files]
     objectives = objective_statistics(config, pa.concat_tables(tables, promote_options="default"))
@@ -84,6 +86,16 @@ def _worker(settings: dict[str, Any]) -> None:
     from vas.training.loop import train_worker
 
     train_worker(settings)
+
+
+def _check(config: RunConfig) -> None:
+    """Find what every worker would stumble over. Raises VasError."""
+    deepspeed_config(config.train, config.resources.workers, config.resources.gpus_per_worker > 0)
+    if config.value.extends is not None:
+        from vas.models.value import ValueModelConfig, check_extension  # with torch, which the driver else does without
+
+        old = ValueModelConfig.load(config.value.extends)
+        check_extension(old, config.value.extends, list(config.rewards), config.value.head_spec())
 
 
 def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, Any]]:
