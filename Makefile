@@ -30,6 +30,7 @@ format: $(VENV)/installed  ## Format and mend what can be mended
 bench: bench-decoding  ## How fast decoding is; results land in benchmarks/results/
 
 bench-schedules: runs/bench/value/default/config.json  ## What cheaper guidance keeps of the reward (trains a value model first)
+bench-training: runs/bench/value/default/config.json  ## How fast value models are trained, against Hugging Face Trainer
 
 runs/bench/value/default/config.json: $(VENV)/installed
 	$(BIN)/vas run configs/demo.yaml --set name=bench --set value.layers=10

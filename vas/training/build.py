@@ -51,18 +51,23 @@ def build_engine(config: RunConfig, objectives: list[dict[str, Any]], workers: i
     """The engine as the last checkpoint left it, and how far that had come."""
     model = build_model(config, objectives)
     made = deepspeed_config(config.train, workers, config.resources.gpus_per_worker > 0)
-    groups = _parameter_groups(model, config)
-    rates = [group["lr"] for group in groups]
-    # Only inference uses it, and DeepSpeed would compile it first: half a minute, and a C++ compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    rates = [group["lr"] for group in _parameter_groups(model, config)]
     with resume.opened(made, workers) as folder:
-        engine, *_ = deepspeed.initialize(
-            model=ValueObjective(model, config.train.td_lambda, config.train.target_ema),
-            model_parameters=groups,
-            config=made,
-        )
+        engine = initialize(model, config, made)
         progress = Progress() if folder is None else resume.restore(engine, folder)
     return Built(engine, rates, progress)
+
+
+def initialize(model: ValueModel, config: RunConfig, made: dict[str, Any]) -> Any:
+    """DeepSpeed's engine over the objective, at its start; `made` is DeepSpeed's JSON."""
+    # Only inference uses it, and DeepSpeed would compile it first: half a minute, and a C++ compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=ValueObjective(model, config.train.td_lambda, config.train.target_ema),
+        model_parameters=_parameter_groups(model, config),
+        config=made,
+    )
+    return engine
 
 
 def _parameter_groups(model: ValueModel, config: RunConfig) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from vas.training.metrics import Held
 from vas.training.objective import ValueObjective
 from vas.training.schedule import factor
 from vas.training.speed import flops_per_token, product_rate
+from vas.training.step import take_step
 from vas.training.tracking import Tracking
 
 WATCH = 10  # steps between looks for a machine that is about to be taken away
@@ -104,19 +105,10 @@ class _Training:
                 self._save(tracking, {"loss": loss})
 
     def _step(self, share: Share, rate: float) -> float:
-        """One optimizer step; the loss is the mean over its states, of all workers."""
+        """One optimizer step at a share of the peak learning rates; returns its loss."""
         for group, peak in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = peak * rate
-        total = torch.zeros((), device=self._engine.device)
-        for batch in share.batches:
-            loss, _ = self._engine(batch.to(self._engine.device))
-            # DeepSpeed takes the mean over passes and workers: this makes it the mean over states
-            self._engine.backward(loss * (self._passes * self._workers / share.states))
-            self._engine.step()
-            total += loss.detach()
-        self._objective.follow()
-        torch.distributed.all_reduce(total)
-        return float(total) / share.states
+        return take_step(self._engine, share)
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, Any]:
