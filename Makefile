@@ -32,7 +32,7 @@ bench: bench-decoding  ## How fast decoding is; results land in benchmarks/resul
 bench-schedules: runs/bench/value/default/config.json  ## What cheaper guidance keeps of the reward (trains a value model first)
 bench-training: runs/bench/value/default/config.json  ## How fast value models are trained, against Hugging Face Trainer
 
-runs/bench/value/default/config.json: $(VENV)/installed
+runs/bench/value/default/config.json: | $(VENV)/installed
 	$(BIN)/vas run configs/demo.yaml --set name=bench --set value.layers=10
 
 # a benchmark has the machine to itself: a short spin saves waking a thread for every operation

@@ -129,18 +129,16 @@ def naive_policy(logits: list[float], sampling: SamplingParams) -> list[float]:
 def naive_values(model, prefix: list[int], token: int, strengths: dict[str, float], soft: bool) -> dict:
     """Each objective's value of the prefix and a candidate, from one pass over all of it."""
     values = {}
-    if model.scores_vocabulary:  # u(s)·e_a + w·silu(p(s) + B e_a), of the state before the candidate
+    if model.scores_vocabulary:  # u(s)·e_a, of the state before the candidate
         state = model.hidden(torch.tensor([prefix]))[0, -1]
         state = state / state.square().mean().sqrt()
         embedding = model.get_input_embeddings().weight[token]
-        embedding = embedding / (embedding.square().sum().sqrt() or 1.0)  # a token may have none
         for name, head in zip(model.objectives, model.heads, strict=True):
-            of_state = (head.linear.weight @ state + head.linear.bias).tolist()
-            of_token = [*embedding.tolist(), *(head.token.weight @ embedding).tolist()]
-            size = len(embedding)
-            values[name] = sum(a * b for a, b in zip(of_state[:size], of_token[:size], strict=True))
-            for w, p, b in zip(head.out.weight[0].tolist(), of_state[size:], of_token[size:], strict=True):
-                values[name] += w * (p + b) / (1 + math.exp(-p - b))
+            between = (head.hidden.weight @ state + head.hidden.bias).tolist()
+            between = torch.tensor([x / (1 + math.exp(-x)) for x in between], dtype=state.dtype)
+            u = head.linear.weight @ between + head.linear.bias
+            values[name] = sum(a * b for a, b in zip(u.tolist(), embedding.tolist(), strict=True))
+            values[name] /= math.sqrt(sum(b * b for b in embedding.tolist())) or 1.0  # a token may have none
         return values
     outputs = model.outputs(model.hidden(torch.tensor([[*prefix, token]]))[0, -1])
     for name, head, output in zip(model.objectives, model.heads, outputs, strict=True):

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from vas import guidance
 
+DROPOUT = 0.3  # of a vocab head's state, in training: there are fewer states than it has weights
+
 
 class ScalarHead(nn.Module):
     """A linear value, zero at the start, fitted by ½·MSE (as in VAS, arXiv:2405.06639)."""
@@ -78,11 +80,10 @@ class CategoricalHead(nn.Module):
 
 
 class VocabHead(nn.Module):
-    """Values of every next token from the parent state: Q(s,a) = u(s)·e_a + w·silu(p(s) + B e_a).
+    """Values of every next token from the parent state: Q(s,a) = u(s)·e_a, e_a the embedding of token a.
 
-    e_a is the embedding of token a; u and p are linear in the state. State and embeddings are brought to one
-    length, so that one learning rate suits every backbone. The second term, a hidden layer that sees state and
-    token together, is small enough to be run on every candidate.
+    u is a hidden layer and a linear one; it runs once a state, whatever the number of candidates. State and
+    embeddings are brought to one length, so that one learning rate suits every backbone.
 
     So a step needs no pass over its candidates. Distilled from a trained V over candidates
     (see `vas/training/distill.py`), up to a constant of each state: advantages are what it knows. Like
@@ -90,31 +91,25 @@ class VocabHead(nn.Module):
     seldom seen get the value of their neighbours.
     """
 
-    def __init__(self, hidden_size: int, width: int = 256) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, hidden_size + width)
-        self.token = nn.Linear(hidden_size, width, bias=False)
-        self.out = nn.Linear(width, 1, bias=False)
+        self.hidden = nn.Linear(hidden_size, 2 * hidden_size)
+        self.linear = nn.Linear(2 * hidden_size, hidden_size)
 
     def reset(self) -> None:
         """Start at value 0 everywhere."""
+        self.hidden.reset_parameters()
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        nn.init.normal_(self.token.weight)  # of embeddings of length 1
-        nn.init.zeros_(self.out.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] to u(s) and p(s), side by side [..., H + W]."""
-        state = F.rms_norm(hidden, hidden.shape[-1:])
-        return self.linear(state.to(self.linear.weight.dtype)).float()
+        """[..., H] to u(s) [..., H]."""
+        state = F.rms_norm(hidden, hidden.shape[-1:]).to(self.hidden.weight.dtype)
+        return self.linear(F.silu(self.hidden(F.dropout(state, DROPOUT, self.training)))).float()
 
     def values(self, output: Tensor, embedded: Tensor) -> Tensor:
-        """u(s) and p(s) [..., H + W] and the embeddings of candidates [..., K, H] to their values [..., K]."""
-        direction, state = output.split([embedded.shape[-1], self.out.in_features], dim=-1)
-        tokens = F.normalize(embedded.float(), dim=-1)
-        together = F.silu(state[..., None, :] + self.token(tokens.to(self.token.weight.dtype)).float())
-        joint = self.out(together.to(self.out.weight.dtype)).float()
-        return (tokens @ direction[..., None] + joint).squeeze(-1)
+        """u(s) [..., H] and the embeddings of candidates [..., K, H] to their values [..., K]."""
+        return (F.normalize(embedded.float(), dim=-1) @ output[..., None]).squeeze(-1)
 
 
 StateHead = ScalarHead | CategoricalHead
