@@ -22,7 +22,7 @@ from vas.models.base import quieten, set_threads
 from vas.models.value import ValueModel
 from vas.training.data import Packed
 from vas.training.order import Epoch, Step
-from vas.training.packing import INDEX, lengths, packed_file
+from vas.training.packing import lengths, packed_file, write_index
 from vas.training.speed import flops_per_token, product_rate
 from vas.training.step import take_step
 
@@ -59,10 +59,7 @@ class Weighed:
 def store(rows: pa.Table, location: str) -> str:
     """Write packed rows where `Packed` finds them; returns the location."""
     storage.write_table(packed_file(location, 0), rows)
-    tokens, states = lengths(rows)
-    storage.write_table(
-        storage.join(location, INDEX), pa.table({"file": [0] * len(rows), "tokens": tokens, "states": states})
-    )
+    write_index(location, [lengths(rows)])
     return location
 
 

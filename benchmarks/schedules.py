@@ -51,7 +51,7 @@ from vas.rewards.loading import load_rewards
 from vas.run.directory import RunDirectory
 from vas.run.distilling import distill_run
 from vas.schema import Prompt
-from vas.training.distill import best_epoch
+from vas.training.history import best
 
 BATCH = 64
 RESAMPLES = 2000
@@ -136,7 +136,7 @@ def load(location: str, objective: str, candidates: int) -> Material:
         base,
         value,
         vocab,
-        history[best_epoch(history)]["unseen"],
+        history[best(history)]["unseen"],
         prompts,
         [tuple(encode_prompt(base.tokenizer, prompt)) for prompt in prompts],
         lambda of, responses: np.asarray(list(reward(of, responses)), dtype=float),
@@ -166,6 +166,12 @@ def median_entropy(material: Material, value: ValueModel, strength: float) -> fl
         way = Way(UNCERTAIN, {"schedule": f"entropy:{threshold}"}, value, Watching)
         threshold = round(float(np.median(decode(material, way, strength, 1)[1])), 3)
     return threshold
+
+
+def medians(material: Material, strength: float) -> dict[str, float]:
+    """`median_entropy` for the value model and the vocab heads."""
+    models = {"value": material.value, "vocab": material.vocab}
+    return {name: median_entropy(material, model, strength) for name, model in models.items()}
 
 
 def ways(material: Material, thresholds: dict[str, float]) -> list[Way]:
@@ -208,10 +214,7 @@ def measure(material: Material, strengths: list[float], samples: int, path: Path
         rows += [Row(f"vocab head, {name}, unseen prompts", figure, value, "") for figure, value in figures.items()]
     with Tracker("rewards", len(strengths) * len(ways(material, dict.fromkeys(("value", "vocab"), 0.0)))) as tracker:
         for strength in strengths:
-            thresholds = {
-                name: median_entropy(material, value, strength)
-                for name, value in (("value", material.value), ("vocab", material.vocab))
-            }
+            thresholds = medians(material, strength)
             rows.append(Row(f"{UNCERTAIN}, β = {strength:g}", "threshold", thresholds["value"], "nats"))
             for way in ways(material, thresholds):
                 point, _ = decode(material, way, strength, samples)
@@ -246,10 +249,7 @@ def _kept(case: str, metric: str, base: Point, full_P: np.ndarray, way_P: np.nda
 
 def speeds(material: Material, strength: float, batch: int, rounds: int) -> dict[str, float]:
     """Tokens per second of each way, and of Hugging Face `generate` without guidance, at a fixed batch."""
-    thresholds = {
-        name: median_entropy(material, value, strength)
-        for name, value in (("value", material.value), ("vocab", material.vocab))
-    }
+    thresholds = medians(material, strength)
     tireless = replace(material, base=replace(material.base, eos_token_ids=()))
     tireless.base.model.generation_config.eos_token_id = None
     plain = tireless.requests(1, 0.0)[:batch]

@@ -50,9 +50,8 @@ class Setting:
         base.eos_token_ids = ()
         base.model.generation_config.eos_token_id = None
         objective = {"name": "any", "mean": 0.0, "std": 1.0, "low": -3.0, "high": 3.0, "reward_version": "random"}
-        shape: Any = SimpleNamespace(
-            backbone=None, layers=layers, extends=None, lora=None, head_spec=lambda: {"kind": "scalar"}
-        )
+        about = {"backbone": None, "layers": layers, "extends": None, "lora": None}
+        shape: Any = SimpleNamespace(**about, head="scalar", bins=0, label="")
         value = ValueModel.build(shape, spec, base.tokenizer, [objective])
         torch.nn.init.normal_(value.heads[0].linear.weight, std=0.02)
         value = value.requires_grad_(False).eval().to(base.model.device, base.model.dtype)

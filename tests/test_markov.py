@@ -125,7 +125,7 @@ def test_a_vocab_head_finds_the_exact_advantages(rows):
     )
     told = told[..., None].to(taught) / scale
     with torch.no_grad():
-        found = VocabObjective(student).values(lessons)
+        found = VocabObjective(student).values(lessons, tokens)
     for said in (taught, found):
         error, variance = errors(said, told, logprobs)
         assert float(1 - error / variance) >= GOAL

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from naive import ALL, BOTH, ONE, guided_setup, mixed_requests, prompts, request, rows_in_use, scorers_of
+from naive import ALL, BOTH, ONE, drain, guided_setup, mixed_requests, prompts, request, rows_in_use, scorers_of
 from tiny import tiny_base, tiny_value
 
 from vas.decoding.engine import Engine
@@ -14,16 +14,6 @@ def decode_alone(arch: str, requests: list) -> dict[str, list[int]]:
     """Tokens of each request in an engine of its own."""
     base, models, _ = guided_setup(arch)
     return {asked.request_id: Engine(base, scorers_of(models)).generate([asked])[0].token_ids for asked in requests}
-
-
-def drain(engine: Engine) -> dict:
-    """Step until nothing is left; the completions by request."""
-    done = {}
-    while engine.busy:
-        for token in engine.step():
-            if token.finish_reason:
-                done[token.request_id] = engine.take(token.request_id)
-    return done
 
 
 def prefixed(length: int, *rests: int) -> list[tuple[int, ...]]:

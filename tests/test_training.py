@@ -1,4 +1,4 @@
-"""Training without Ray: packing, batches, targets, metrics, DeepSpeed's JSON, and that the objective learns."""
+"""Training without Ray: packing, batches, targets, metrics, and that the objective learns."""
 
 import math
 from typing import Any
@@ -10,14 +10,10 @@ import torch
 from tiny import tiny_objective, tiny_value
 
 from vas import guidance, schema
-from vas.config import Train
-from vas.errors import VasError
 from vas.models.value import ValueModel
 from vas.training.batches import collate
-from vas.training.deepspeed_config import deepspeed_config, merge
 from vas.training.metrics import CALIBRATION_BINS, Held, calibration, explained_variance
 from vas.training.objective import ValueObjective
-from vas.training.order import Step, epoch
 from vas.training.packing import PACKED_SCHEMA, ROW_TOKENS, pack
 
 VOCAB = 290
@@ -299,116 +295,3 @@ def test_the_report_gathers_batches_workers_objectives_and_quarters():
             inside = (progress >= quarter / 4) & ((progress < (quarter + 1) / 4) | (quarter == 3))
             assert explained == pytest.approx(explained_variance(value[inside, j], reward[inside, j]))
     assert Held().report(("positive",)) == {}
-
-
-# --- DeepSpeed's JSON ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("batch", "micro", "workers", "expected"),
-    [(16, 4, 1, (4, 4)), (16, 4, 2, (4, 2)), (4, 4, 2, (2, 1)), (6, 4, 1, (3, 2)), (16, 16, 1, (16, 1))],
-)
-def test_workers_and_accumulation_share_the_batch(batch, micro, workers, expected):
-    made = deepspeed_config(Train(batch_size=batch, micro_batch_size=micro), workers, on_gpu=False)
-    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == expected
-
-
-@pytest.mark.parametrize(("batch", "workers"), [(1, 4), (16, 3)])
-def test_a_batch_that_workers_cannot_share_is_refused(batch, workers):
-    with pytest.raises(VasError, match=f"{batch} prompts cannot be shared evenly by {workers} workers"):
-        deepspeed_config(Train(batch_size=batch), workers, on_gpu=False)
-
-
-def test_deepspeed_defaults_follow_the_machine():
-    assert deepspeed_config(Train(), 1, on_gpu=False)["zero_optimization"] == {"stage": 0}
-    assert deepspeed_config(Train(), 4, on_gpu=True)["zero_optimization"] == {"stage": 2}
-    assert deepspeed_config(Train(), 4, on_gpu=True)["bf16"] == {"enabled": True}
-    assert deepspeed_config(Train(gradient_clipping=0.5), 1, on_gpu=False)["gradient_clipping"] == 0.5
-
-
-def test_the_users_deepspeed_json_wins_key_by_key():
-    over = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "optimizer": {"params": {"eps": 1e-6}}, "x": 1}
-    made = deepspeed_config(Train(lr=2e-4, deepspeed=over), 2, on_gpu=True)
-    assert made["zero_optimization"] == {"stage": 3, "overlap_comm": True}
-    assert made["optimizer"] == {"type": "AdamW", "params": {"lr": 2e-4, "torch_adam": True, "eps": 1e-6}}
-    assert made["x"] == 1
-    assert made["gradient_accumulation_steps"] == 2
-
-
-def test_merge_replaces_what_is_no_mapping_on_both_sides():
-    base = {"a": {"b": 1}, "c": 2}
-    assert merge(base, {"a": 3, "c": {"d": 4}}) == {"a": 3, "c": {"d": 4}}
-    assert base == {"a": {"b": 1}, "c": 2}
-
-
-@pytest.mark.parametrize("offload", ["cpu", "nvme"])
-def test_offload_is_deepspeeds_own(offload):
-    train = Train(zero_stage=3, offload=offload, nvme_path="/fast/disk")
-    zero = deepspeed_config(train, 2, on_gpu=False)["zero_optimization"]
-    where = {"device": offload} | ({"nvme_path": "/fast/disk"} if offload == "nvme" else {})
-    assert zero == {"stage": 3, "offload_optimizer": where, "offload_param": where}
-
-
-def test_a_deepspeed_file_is_merged_but_for_what_it_leaves_to_the_run(tmp_path):
-    file = tmp_path / "ds.json"
-    file.write_text('{"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}')
-    made = deepspeed_config(Train(deepspeed=str(file)), 2, on_gpu=False)
-    assert made["zero_optimization"] == {"stage": 2}
-    assert made["bf16"] == {"enabled": False}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not valid JSON"),
-        ("[1]", "is a JSON object"),
-        ('{"train_batch_size": 8}', "`train_batch_size` is the run's to say"),
-        ('{"scheduler": {"type": "WarmupLR"}}', "`scheduler` is the run's to say"),
-    ],
-)
-def test_a_deepspeed_file_that_cannot_be_taken_is_refused(tmp_path, text, message):
-    file = tmp_path / "ds.json"
-    file.write_text(text)
-    with pytest.raises(VasError, match=message):
-        deepspeed_config(Train(deepspeed=str(file)), 2, on_gpu=False)
-
-
-# --- the order of an epoch -----------------------------------------------------------------------
-
-
-def test_an_epoch_reads_every_row_once_in_steps_of_like_length():
-    random = np.random.default_rng(0)
-    file = np.repeat(np.arange(7), random.integers(1, 60, 7))
-    lengths = random.integers(10, 500, len(file))
-    order = epoch(file, lengths, 8, (0, 0))
-    rows = np.concatenate([step.rows for step in order.steps])
-    assert sorted(rows.tolist()) == list(range(len(file)))
-    assert max(len(step.rows) for step in order.steps) <= 8
-    assert sorted(np.concatenate(order.windows).tolist()) == list(range(7))
-    padded = sum(len(step.rows) * int(lengths[step.rows].max()) for step in order.steps)
-    assert padded < 1.15 * lengths.sum()
-
-
-def test_the_order_depends_on_seed_and_epoch_alone():
-    file, lengths = np.repeat(np.arange(3), 20), np.arange(60)
-    orders = [epoch(file, lengths, 8, seed) for seed in ((0, 0), (0, 0), (0, 1), (1, 0))]
-    flat = [np.concatenate([step.rows for step in order.steps]).tolist() for order in orders]
-    assert flat[0] == flat[1]
-    assert flat[0] != flat[2] != flat[3] != flat[0]
-
-
-@pytest.mark.parametrize(("workers", "passes"), [(1, 4), (2, 2), (4, 1), (4, 4)])
-def test_workers_share_a_step_without_gaps(workers, passes):
-    step = Step(0, np.arange(11))
-    shares = [step.share(rank, workers, passes) for rank in range(workers)]
-    assert all(len(share) == passes for share in shares)
-    assert np.concatenate([rows for share in shares for rows in share]).tolist() == list(range(11))
-
-
-def test_windows_keep_few_files_open(monkeypatch):
-    monkeypatch.setattr("vas.training.order.WINDOW_ROWS", 50)
-    file = np.repeat(np.arange(20), 10)
-    order = epoch(file, np.ones(200, int), 8, (0,))
-    assert max(map(len, order.windows)) <= 6
-    for step in order.steps:
-        assert set(file[step.rows]) <= set(order.windows[step.window].tolist())

@@ -15,23 +15,8 @@ from vas.training.metrics import explained_variance, rank_correlation
 from vas.training.objective import ValueObjective
 
 sys.path.insert(0, str(ROOT))
-from benchmarks.value import (
-    EXPLAINED,
-    HEADS,
-    LAMBDAS,
-    RANKS,
-    RESAMPLES,
-    SAMPLES,
-    STEP,
-    Design,
-    Estimate,
-    cached,
-    drawing,
-    effects,
-    judge,
-    of_states,
-    rollouts_needed,
-)
+from benchmarks.study import SAMPLES, STEP, Design, cached, judge, rollouts_needed
+from benchmarks.value import EXPLAINED, HEADS, LAMBDAS, RANKS, RESAMPLES, Estimate, drawing, effects, of_states
 
 DESIGNS = [Design(*each) for each in product(HEADS, LAMBDAS, SAMPLES)]
 

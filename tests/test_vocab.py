@@ -22,7 +22,8 @@ from vas.models.value import ValueModel, ValueModelConfig
 from vas.run.directory import RunDirectory
 from vas.run.distilling import distill_run
 from vas.training.agreement import agreement, errors
-from vas.training.distill import VocabObjective, best_epoch, distill, judge, learn, new_student
+from vas.training.distill import VocabObjective, distill, judge, learn, new_student
+from vas.training.history import best as best_epoch
 from vas.training.lessons import Lessons, labels
 
 
@@ -244,7 +245,7 @@ def test_the_objective_reads_every_parent_state(arch):
     a, b, *responses = prompts(5, 2, 3, 1, 4)
     lessons = Lessons(base, teacher, candidates=4)([row(a, *responses[:2]), row(b, responses[2])])
     objective = VocabObjective(student)
-    found = objective.values(lessons)
+    found = objective.values(lessons, labels(lessons, student.device)[0])
     tokens, logprobs, wanted = labels(lessons, student.device)
     prefixes = [
         [*p, *r[:t]] for p, r in ((a, responses[0]), (a, responses[1]), (b, responses[2])) for t in range(len(r))

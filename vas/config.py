@@ -113,10 +113,6 @@ class Value(_Section):
     lora: Lora | None = None
     """Train low-rank adapters instead of the backbone's own weights; the checkpoint has them merged in."""
 
-    def head_spec(self) -> dict[str, Any]:
-        """What a checkpoint says of its heads."""
-        return {"kind": self.head, "bins": self.bins, "label": self.label}
-
     @model_validator(mode="after")
     def _consistent(self) -> Value:
         if self.extends is not None and (self.lora or self.layers or self.backbone):

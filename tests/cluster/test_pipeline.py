@@ -12,7 +12,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tools import ConfigMaker, committed, descendants, read_record, wait_until
+from tools import ConfigMaker, command, committed, descendants, read_record, wait_until
 
 from vas import schema, storage
 from vas.config import Resources, RunConfig, parse_config
@@ -277,7 +277,7 @@ def test_two_actors_one_of_them_killed_sample_the_same_rows(make_config, rows, t
     killed: list[tuple[int, int]] = []  # (pid, files there were)
 
     def samplers() -> list[psutil.Process]:
-        return [process for process in descendants(psutil.Process().pid) if "Sampler" in " ".join(process.cmdline())]
+        return [process for process in descendants(psutil.Process().pid) if "Sampler" in command(process)]
 
     def kill_one() -> None:
         wait_until(lambda: committed(location), 120, "a committed file")

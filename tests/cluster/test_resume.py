@@ -14,7 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tools import ConfigMaker, committed, descendants, read_record, wait_until
+from tools import ConfigMaker, checkpoints, command, committed, descendants, read_record, wait_until
 
 from vas.config import parse_config
 from vas.models.value import ValueModel
@@ -91,30 +91,11 @@ class Driver:
             self.stop(signal.SIGINT)
 
 
-def command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
 def is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def checkpoints(run: Path) -> dict[str, int]:
-    """The training checkpoints that Ray Train would go on from, and the epochs they have behind them."""
-    snapshot = run / "train" / "ray_train" / "checkpoint_manager_snapshot.json"
-    if not snapshot.exists():
-        return {}
-    try:
-        results = json.loads(snapshot.read_text())["checkpoint_results"]
-    except json.JSONDecodeError:  # it is being written
-        return {}
-    return {result["checkpoint_dir_name"]: result["metrics"]["epoch"] for result in results}
 
 
 def files_of(folder: Path) -> dict[Path, int]:
@@ -126,6 +107,7 @@ def test_a_run_stopped_twice_in_every_stage_ends_as_if_it_never_was(config_file,
     config = parse_config(yaml.safe_load(config_file.read_text()), "this test")
     run = Path(config.runs_dir, config.name)
     rollouts, responses = run / "rollouts" / "round=0", run / "evaluation" / "responses"
+    train = str(run / "train")
 
     def start() -> Driver:
         driver = Driver(config_file)
@@ -136,10 +118,10 @@ def test_a_run_stopped_twice_in_every_stage_ends_as_if_it_never_was(config_file,
         """True when the stage runs, and there is more to show for it than there is now."""
         count = {
             "rollouts": lambda: committed(str(rollouts)),
-            "train": lambda: len(checkpoints(run).keys() - seen),
+            "train": lambda: len(checkpoints(train).keys() - seen),
             "evaluate": lambda: committed(str(responses)),
         }[stage]
-        seen = checkpoints(run).keys()
+        seen = checkpoints(train).keys()
         before = count()
 
         def more() -> bool:
@@ -170,16 +152,16 @@ def test_a_run_stopped_twice_in_every_stage_ends_as_if_it_never_was(config_file,
             assert now.items() >= kept.items()  # nothing that was committed is sampled again
             kept = now
             if stage == "train":
-                epochs.append(max(checkpoints(run).values()))
+                epochs.append(max(checkpoints(train).values()))
                 assert epochs[-1] > epochs[-2]  # the new checkpoint goes on from the last one
-    trained = checkpoints(run)
+    trained = checkpoints(train)
     began = time.monotonic()
     driver = start()
     assert driver.end() == 0, driver.output
     print(f"to the end: {time.monotonic() - began:.1f} s")
 
     assert {stage["state"] for stage in read_record(run)["stages"].values()} == {"done"}
-    assert checkpoints(run) == trained  # a finished stage is left alone
+    assert checkpoints(train) == trained  # a finished stage is left alone
     assert (files_of(rollouts) | files_of(responses)).items() >= kept.items()
     prompts = load_prompts(config.prompts)
     assert_rows(rollouts, [Plan(prompts, 8, config.seed)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fits import assert_same_training, config_of, workers
-from tools import descendants, wait_until
+from tools import checkpoints, command, descendants, wait_until
 
 from vas.config import Resources
 from vas.run.cluster import ray_cluster
@@ -43,22 +43,8 @@ train(parse_config(content, "the driver"), rollouts, storage, output)
 """
 
 
-def has_checkpoint(storage: Path) -> bool:
-    """Whether Ray Train knows of one."""
-    snapshot = storage / "ray_train" / "checkpoint_manager_snapshot.json"
-    return snapshot.exists() and "checkpoint_20" in snapshot.read_text()
-
-
 def training_workers() -> list[psutil.Process]:
-    return [process for process in descendants(psutil.Process().pid) if "RayTrainWorker" in title(process)]
-
-
-def title(process: psutil.Process) -> str:
-    """What Ray calls a process; nothing once it is dead."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    return [process for process in descendants(psutil.Process().pid) if "RayTrainWorker" in command(process)]
 
 
 def resumed(checkpoint: Path) -> list[int]:
@@ -71,7 +57,7 @@ def test_a_worker_that_is_killed_in_an_epoch_costs_nothing(fit, alone, tmp_path)
     storage = tmp_path / "killed" / "train"
 
     def kill_one() -> None:
-        wait_until(lambda: has_checkpoint(storage), 120, "a checkpoint")
+        wait_until(lambda: checkpoints(storage), 120, "a checkpoint")
         training_workers()[-1].kill()
 
     killer = threading.Thread(target=kill_one)
@@ -87,10 +73,10 @@ def test_one_worker_goes_on_where_two_were_stopped(fit, alone, make_config, roll
     overrides = (*SLOW, f"train.zero_stage={stage}")
     storage, output = tmp_path / "stopped" / "train", tmp_path / "stopped" / "value"
     content = config_of(make_config, *workers(2, *overrides)).model_dump(mode="json")
-    command = [sys.executable, "-c", DRIVER, json.dumps([content, rollouts, str(storage), str(output)])]
+    words = [sys.executable, "-c", DRIVER, json.dumps([content, rollouts, str(storage), str(output)])]
     with (tmp_path / "driver.log").open("w") as log:
-        driver = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_until(lambda: has_checkpoint(storage) or driver.poll() is not None, 120, "a checkpoint")
+        driver = subprocess.Popen(words, stdout=log, stderr=log)
+        wait_until(lambda: checkpoints(storage) or driver.poll() is not None, 120, "a checkpoint")
         driver.kill()
         driver.wait()
     wait_until(lambda: not training_workers(), 60, "no worker left")

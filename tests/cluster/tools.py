@@ -38,3 +38,23 @@ def descendants(pid: int) -> list[psutil.Process]:
 def read_record(run: Path) -> dict[str, Any]:
     """A run's run.json."""
     return json.loads((run / "run.json").read_text())
+
+
+def command(process: psutil.Process) -> str:
+    """What it was started as, or calls itself; nothing once it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def checkpoints(train: str | Path) -> dict[str, int]:
+    """The training checkpoints that Ray Train would go on from, and the epochs they have behind them."""
+    snapshot = Path(train) / "ray_train" / "checkpoint_manager_snapshot.json"
+    if not snapshot.exists():
+        return {}
+    try:
+        results = json.loads(snapshot.read_text())["checkpoint_results"]
+    except json.JSONDecodeError:  # it is being written
+        return {}
+    return {result["checkpoint_dir_name"]: result["metrics"]["epoch"] for result in results}

@@ -121,13 +121,12 @@ def _figures(history: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     """Per objective: variance explained by the epoch that was kept, of all states and by quarter of the response."""
     if not history:
         return {}
-    if "unseen" in history[-1]:  # distilled
-        shares = [{name: each["explained"] for name, each in entry["unseen"].items()} for entry in history]
-        return {name: (f"{share:.3f}", "–") for name, share in max(shares, key=lambda of: sum(of.values())).items()}
-    return {
+    kept = history[best(history)]
+    figures = {
         name: (f"{each['explained_variance']:.3f}", " / ".join(f"{share:.2f}" for share in each["by_quarter"]))
-        for name, each in history[best(history)]["held_out"].items()
+        for name, each in kept["held_out"].items()
     }
+    return figures | {name: (f"{each['explained']:.3f}", "–") for name, each in kept.get("unseen", {}).items()}
 
 
 def _count(number: int) -> str:

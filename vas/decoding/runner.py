@@ -89,6 +89,17 @@ class ModelRunner:
         kind = linears.settle(model, kind)
         self._forward = (FusedLlama if llama.supports(model) else HuggingFace)(model, kind, free)
 
+    @contextmanager
+    def sequences(self, count: int) -> Iterator[range]:
+        """So many fresh sequences for the time of the block, named by their numbers."""
+        for owner in range(count):
+            self.cache.add(owner)
+        try:
+            yield range(count)
+        finally:
+            for owner in range(count):
+                self.cache.free(owner)
+
     @torch.inference_mode()
     def extend(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]], logits: bool = False) -> Tensor:
         """Append tokens to sequences; returns every token's output [N, ...], in the sequences' order.

@@ -36,7 +36,7 @@ def place_labels(axes: Axes, labels: list[tuple[float, float, str, str]], lines:
     if figure is None or not labels:
         return
     figure.draw_without_rendering()  # settles the layout
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # of Agg's canvas, not of every one
     inside = axes.get_window_extent(renderer)
     ink = np.concatenate([_dots(axes.transData.transform(line)) for line in lines if len(line)] or [np.zeros((0, 2))])
     points = axes.transData.transform(np.array([(x, y) for x, y, *_ in labels]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,12 +46,12 @@ def state_values(config: RunConfig, location: str, states: list[Tokens], final: 
     value_runner = ModelRunner(model.backbone, config.base.linears, free=True)
     values, spreads = [], []
     for batch in _batches(states):
-        with _sequences(value_runner, batch) as owners, _sequences(base_runner, batch):
+        with value_runner.sequences(len(batch)) as owners, base_runner.sequences(len(batch)):
             values.append(_last_values(model, value_runner, batch))
             spreads.append(_spread(config, base, base_runner, model, value_runner, batch, owners))
     ends = []
     for batch in _batches(final):
-        with _sequences(value_runner, batch):
+        with value_runner.sequences(len(batch)):
             ends.append(_last_values(model, value_runner, batch))
     return StateValues(*(_join(each, len(model.objectives)) for each in (values, spreads, ends)))
 
@@ -95,17 +94,6 @@ def _spread(
 def _batches(sequences: list[Tokens]) -> Iterator[list[Tokens]]:
     for start in range(0, len(sequences), BATCH):
         yield sequences[start : start + BATCH]
-
-
-@contextmanager
-def _sequences(runner: ModelRunner, batch: list[Tokens]) -> Iterator[range]:
-    """Rows of the cache for a batch, named by its places in it."""
-    owners = range(len(batch))
-    for owner in owners:
-        runner.cache.add(owner)
-    yield owners
-    for owner in owners:
-        runner.cache.free(owner)
 
 
 def _join(batches: list[Tensor], objectives: int) -> np.ndarray:

@@ -102,6 +102,11 @@ class ValueModel(PreTrainedModel):
             centers = torch.linspace(module.low, module.high, module.bins)
             module.centers.copy_(centers)
 
+    def reset_heads(self) -> None:
+        """Start at value 0 everywhere."""
+        for head in self.heads:
+            cast(Head, head).reset()
+
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embeddings."""
         return self.backbone.get_input_embeddings()
@@ -151,7 +156,7 @@ class ValueModel(PreTrainedModel):
 
         Its backbone is frozen if it extends another value model; with LoRA, only adapters are not.
         """
-        head = spec.head_spec()
+        head = head_spec(spec)
         if spec.extends is not None:
             return cls._extension(spec.extends, tokenizer, objectives, head, **about)
         source = spec.backbone or base.model
@@ -183,8 +188,7 @@ class ValueModel(PreTrainedModel):
         )
         missing, _ = model.backbone.load_state_dict(pretrained.base_model.state_dict(), strict=False)
         assert not missing, f"the backbone lacks {missing}"
-        for each in model.heads:
-            cast(Head, each).reset()
+        model.reset_heads()
         model = model.float()
         if spec.lora is not None:
             model.backbone = _with_adapters(model.backbone, spec.lora)
@@ -205,8 +209,7 @@ class ValueModel(PreTrainedModel):
         check_tokenizers(old, str(about.get("base_model", "of this run")), tokenizer_digest(tokenizer))
         model = cls(ValueModelConfig(**(old.config.to_dict() | {"objectives": objectives} | about)))
         model.backbone = old.backbone
-        for each in model.heads:
-            cast(Head, each).reset()
+        model.reset_heads()
         return model.float()
 
     def finished(self, spec: config.Value, state: dict[str, Tensor]) -> ValueModel:
@@ -277,6 +280,11 @@ def _make_head(spec: dict[str, Any], objective: dict[str, Any], width: int) -> H
     if spec["kind"] == "vocab":
         return VocabHead(width)
     return CategoricalHead(width, spec["bins"], objective["low"], objective["high"], spec["label"])
+
+
+def head_spec(spec: config.Value) -> dict[str, Any]:
+    """What a checkpoint says of the heads that a config asks for."""
+    return {"kind": spec.head, "bins": spec.bins, "label": spec.label}
 
 
 def _with_adapters(backbone: nn.Module, lora: config.Lora) -> Any:

@@ -13,10 +13,10 @@ from vas.models.base import load_base, quieten
 from vas.models.value import ValueModel, ValueModelConfig, check_tokenizers
 from vas.progress import console
 from vas.run.directory import RunDirectory
-from vas.training.distill import EPOCHS, best_epoch, distill
-from vas.training.packing import pack
-
-COLUMNS = ["prompt_id", "prompt_token_ids", "response_token_ids", "finish_reason", "error", "held_out", "rewards"]
+from vas.training.card import heading
+from vas.training.distill import EPOCHS, distill
+from vas.training.history import best
+from vas.training.packing import COLUMNS, pack
 
 
 def distill_run(location: str, name: str = "vocab", epochs: int | None = None) -> str:
@@ -41,7 +41,7 @@ def distill_run(location: str, name: str = "vocab", epochs: int | None = None) -
     student, history = distill(base, teacher, rows, temperature=sampling.temperature or 1.0, epochs=epochs or EPOCHS)
     output = run.path("value", name)
     student.save(output, base.tokenizer, _card(student.config, run.config, history, len(rows)), history)
-    figures = history[best_epoch(history)]["unseen"]
+    figures = history[best(history)]["unseen"]
     explained = ", ".join(f"{objective} {each['explained']:.2f}" for objective, each in figures.items())
     console.print(f"distilled    explains of the advantages' variance: {explained}", highlight=False)
     return output
@@ -58,15 +58,9 @@ def training_rows(run: RunDirectory) -> list[dict[str, Any]]:
 
 def _card(model: ValueModelConfig, config: RunConfig, history: list[dict[str, Any]], prompts: int) -> str:
     """README.md of a distilled checkpoint: what it is, and how well it agrees with its teacher."""
-    figures = history[best_epoch(history)]["unseen"]
+    figures = history[best(history)]["unseen"]
     lines = [
-        "---",
-        "library_name: transformers",
-        f"base_model: {model.base_model}",
-        "tags: [value-model, value-augmented-sampling]",
-        "---",
-        f"# Vocab value model, distilled from `{config.value.name}` of run `{config.name}`",
-        "",
+        *heading(model, f"Vocab value model, distilled from `{config.value.name}` of run `{config.name}`"),
         "Scores every next token from the state before it, in one pass (Value Augmented Sampling, arXiv:2405.06639). "
         "It knows advantages alone, in standard deviations of each reward: values of two states cannot be compared.",
         "",

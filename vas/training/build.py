@@ -51,9 +51,9 @@ def build_engine(config: RunConfig, objectives: list[dict[str, Any]], workers: i
     """The engine as the last checkpoint left it, and how far that had come."""
     model = build_model(config, objectives)
     made = deepspeed_config(config.train, workers, config.resources.gpus_per_worker > 0)
-    rates = [group["lr"] for group in _parameter_groups(model, config)]
     with resume.opened(made, workers) as folder:
         engine = initialize(model, config, made)
+        rates = [group["lr"] for group in engine.optimizer.param_groups]  # a checkpoint has those of its step
         progress = Progress() if folder is None else resume.restore(engine, folder)
     return Built(engine, rates, progress)
 

@@ -15,13 +15,7 @@ def model_card(model: ValueModelConfig, config: RunConfig, history: list[dict[st
     kept = best(history) if history else -1
     held_out = history[kept]["held_out"] if history else {}
     lines = [
-        "---",
-        "library_name: transformers",
-        f"base_model: {model.base_model}",
-        "tags: [value-model, value-augmented-sampling]",
-        "---",
-        f"# Value model `{config.value.name}` of run `{config.name}`",
-        "",
+        *heading(model, f"Value model `{config.value.name}` of run `{config.name}`"),
         "Predicts, after every token, the reward that the base model's response will get "
         "(Value Augmented Sampling, arXiv:2405.06639). Values are in standard deviations of each reward.",
         "",
@@ -55,6 +49,19 @@ def model_card(model: ValueModelConfig, config: RunConfig, history: list[dict[st
         lines += [f"| {b['value']:.3f} | {b['reward']:.3f} | {b['states']} |" for b in metrics["calibration"]]
         lines.append("")
     return "\n".join(lines)
+
+
+def heading(model: ValueModelConfig, title: str) -> list[str]:
+    """The lines that a card begins with: what the hub reads, and the title."""
+    return [
+        "---",
+        "library_name: transformers",
+        f"base_model: {model.base_model}",
+        "tags: [value-model, value-augmented-sampling]",
+        "---",
+        f"# {title}",
+        "",
+    ]
 
 
 def with_section(card: str, title: str, text: str) -> str:

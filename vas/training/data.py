@@ -16,7 +16,7 @@ from vas.training.batches import Batch, collate
 from vas.training.order import Epoch, Step, epoch
 from vas.training.packing import INDEX, packed_file
 
-AHEAD = 2  # optimizer steps, and windows, that are read before they are needed
+AHEAD = 2  # optimizer steps that are made ready before they are needed
 Item = TypeVar("Item")
 
 
@@ -38,7 +38,7 @@ class Packed:
     def __init__(self, location: str) -> None:
         self._location = location
         index = storage.read_table([storage.join(location, INDEX)])
-        self._file_M, self.tokens_M, self._states_M = (index[name].to_numpy() for name in ("file", "tokens", "states"))
+        self._file_M, self._tokens_M, self._states_M = (index[name].to_numpy() for name in ("file", "tokens", "states"))
         count = np.bincount(self._file_M) if len(self) else np.zeros(0, dtype=int)
         self._first = count.cumsum() - count
 
@@ -47,7 +47,7 @@ class Packed:
 
     def epoch(self, batch_size: int, seed: Sequence[int]) -> Epoch:
         """The order of one epoch, for `shares`."""
-        return epoch(self._file_M, self.tokens_M, batch_size, seed)
+        return epoch(self._file_M, self._tokens_M, batch_size, seed)
 
     def shares(self, order: Epoch, start: int, rank: int, workers: int, passes: int) -> Iterator[Share]:
         """One worker's share of every step from `start` on, `passes` forward passes a step."""
@@ -75,7 +75,7 @@ class Packed:
         number = 0
         for file in range(len(self._first)):
             rows = np.flatnonzero(self._file_M == file)
-            rows = rows[np.argsort(self.tokens_M[rows], kind="stable")]
+            rows = rows[np.argsort(self._tokens_M[rows], kind="stable")]
             mine = [rows[start : start + size] for start in range(0, len(rows), size)]
             mine = mine[(rank - number) % workers :: workers]
             number += -(-len(rows) // size)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vas.models.base import BaseModel
-from vas.models.heads import Head
 from vas.models.value import ValueModel, ValueModelConfig
 from vas.progress import Tracker
 from vas.training.agreement import agreement, errors
 from vas.training.batches import collate
+from vas.training.history import Entry, best
 from vas.training.lessons import Lesson, Lessons, labels
+from vas.training.objective import hidden_states
 
 UNIFORM = 0.2  # of a candidate's weight: unlikely tokens count too, a strong guidance may pick them
 ROWS = 4  # prompts in an optimizer step, each with all its responses
@@ -39,24 +40,17 @@ class VocabObjective(nn.Module):
 
     def forward(self, lessons: Sequence[Lesson]) -> Tensor:
         """The share of the teacher's advantages that is not explained, the mean of the objectives."""
-        _, logprobs, wanted = labels(lessons, self.student.device)
-        error_J, variance_J = errors(self.values(lessons), wanted, logprobs, UNIFORM)
+        tokens, logprobs, wanted = labels(lessons, self.student.device)
+        error_J, variance_J = errors(self.values(lessons, tokens), wanted, logprobs, UNIFORM)
         return (error_J / variance_J).mean()
 
-    def values(self, lessons: Sequence[Lesson]) -> Tensor:
+    def values(self, lessons: Sequence[Lesson], tokens_PK: Tensor) -> Tensor:
         """The student's values of the lessons' candidates [P, K, J]."""
         student = self.student
         batch = collate([lesson.row for lesson in lessons]).to(student.device)
-        hidden = student.hidden(
-            batch.input_ids_BT,
-            position_ids=batch.position_ids_BT,
-            attention_mask=batch.attention_mask(next(student.backbone.parameters()).dtype),
-        )
         step = torch.arange(batch.state_NS.shape[1], device=student.device)
-        response_P, step_P = (step < batch.last_N[:, None]).nonzero(as_tuple=True)
-        parents = hidden[batch.row_N[response_P], batch.state_NS[response_P, step_P]]
-        tokens, _, _ = labels(lessons, student.device)
-        return student.next_values(student.outputs(parents), tokens)
+        parents_PH = hidden_states(student, batch)[step < batch.last_N[:, None]]
+        return student.next_values(student.outputs(parents_PH), tokens_PK)
 
 
 def new_student(teacher: ValueModel) -> ValueModel:
@@ -64,8 +58,7 @@ def new_student(teacher: ValueModel) -> ValueModel:
     config = teacher.config.to_dict() | {"head": {"kind": "vocab"}, "dtype": "float32"}
     student = ValueModel(ValueModelConfig(**config))
     student.backbone.load_state_dict(teacher.backbone.state_dict())
-    for head in student.heads:
-        cast(Head, head).reset()
+    student.reset_heads()
     return student.float().to(teacher.device)
 
 
@@ -76,7 +69,7 @@ def distill(
     candidates: int = 20,
     temperature: float = 1.0,
     **how: Any,
-) -> tuple[ValueModel, list[dict[str, Any]]]:
+) -> tuple[ValueModel, list[Entry]]:
     """A value model with vocab heads, and what each epoch brought; the teacher stays as it is.
 
     rows: packed rollouts; a random tenth of them is not trained on. candidates, temperature: of π0, as decoding
@@ -100,7 +93,7 @@ def learn(
     lr: float = 0.0,
     head_lr: float = 1e-3,
     seed: int = 0,
-) -> tuple[ValueModel, list[dict[str, Any]]]:
+) -> tuple[ValueModel, list[Entry]]:
     """Fit a student to lessons; of its epochs, the one that explains most of the unseen lessons stays.
 
     lr: of the backbone, which learns in the second half of the epochs only: fresh heads would spoil it; 0
@@ -123,7 +116,7 @@ def learn(
         optimizer, rates, total_steps=steps, pct_start=WARMUP, cycle_momentum=False
     )
     generator = torch.Generator().manual_seed(seed)
-    history: list[dict[str, Any]] = []
+    history: list[Entry] = []
     kept: dict[str, Tensor] = {}
     with Tracker("distilling", epochs * len(lessons)) as tracker:
         for epoch in range(1, epochs + 1):
@@ -141,7 +134,7 @@ def learn(
                 losses.append(float(loss.detach()))
                 tracker.advance(len(some), f"epoch {epoch}, unexplained {losses[-1]:.2f}")
             history.append({"epoch": epoch, "losses": losses, "held_out": {}, "unseen": judge(student, unseen)})
-            if best_epoch(history) == len(history) - 1:
+            if best(history) == len(history) - 1:
                 kept = copy.deepcopy(student.state_dict())
     student.load_state_dict(kept)
     return student.requires_grad_(False).eval(), history
@@ -152,12 +145,9 @@ def judge(student: ValueModel, lessons: Sequence[Lesson]) -> dict[str, dict[str,
     """The figures of `agreement` on some lessons."""
     student.eval()
     objective = VocabObjective(student)
-    values = torch.cat([objective.values(lessons[i : i + ROWS]) for i in range(0, len(lessons), ROWS)])
-    _, logprobs, wanted = labels(lessons, values.device)
-    return agreement(values, wanted, logprobs, student.objectives)
-
-
-def best_epoch(history: Sequence[dict[str, Any]]) -> int:
-    """Index of the epoch that explains most of the unseen lessons' advantages, the mean of the objectives."""
-    shares = [[each["explained"] for each in entry["unseen"].values()] for entry in history]
-    return max(range(len(history)), key=lambda number: sum(shares[number]) / len(shares[number]))
+    values = []
+    for start in range(0, len(lessons), ROWS):
+        some = lessons[start : start + ROWS]
+        values.append(objective.values(some, labels(some, student.device)[0]))
+    _, logprobs, wanted = labels(lessons, student.device)
+    return agreement(torch.cat(values), wanted, logprobs, student.objectives)

@@ -28,7 +28,8 @@ def full_state(engine: Any, model: ValueModel) -> dict[str, Tensor]:
             if keep:
                 state[name] = (parameter if master is None else master).detach().float().cpu().clone()
     if keep:
-        state |= {name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name in model.state_dict()}
+        kept = model.state_dict().keys()  # not every buffer is
+        state |= {name: buffer.cpu().clone() for name, buffer in model.named_buffers() if name in kept}
     return state
 
 

@@ -1,4 +1,4 @@
-"""Which epoch of a training is the best: the one whose values explain most of held-out rewards."""
+"""Which epoch of a training is the best: the one whose values explain most of what was kept from it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 Entry = dict[str, Any]
 """`epoch` (from 1), `losses` (one an optimizer step), `held_out` (as `Held.report` gives it), and `resumed`, steps
-from which it went on after a fault, if there was one."""
+from which it went on after a fault, if there was one. Of a distillation, `held_out` is empty, and `unseen` has the
+figures of `agreement`."""
 
 
 def score(entry: Entry) -> float:
-    """Mean explained variance over objectives; -inf if there is none."""
+    """Mean over objectives of the variance explained, of rewards or a teacher's advantages; -inf if there is none."""
     shares = [metrics["explained_variance"] for metrics in entry["held_out"].values()]
+    shares += [figures["explained"] for figures in entry.get("unseen", {}).values()]
     shares = [share for share in shares if not math.isnan(share)]
     return sum(shares) / len(shares) if shares else -math.inf
 

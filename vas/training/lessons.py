@@ -73,25 +73,20 @@ class Lessons:
     @torch.inference_mode()
     def _part(self, prompt: list[int], responses: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Candidates, log π0 and values at every place of some responses to a prompt."""
-        owners = list(range(len(responses)))
-        tokens = [(*prompt, *response) for response in responses]
-        for runner in (self._policy, self._value):
-            for owner in owners:
-                runner.cache.add(owner)
-        logits = self._policy.extend(owners, tokens, logits=True)
-        self._value.extend(owners, tokens)
-        first = np.cumsum([0, *map(len, tokens[:-1])])
-        # the state before each token of the response, as an index into the pass, and the token's place
-        index = np.repeat(owners, [len(response) for response in responses])
-        places = len(prompt) + np.concatenate([np.arange(len(response)) for response in responses])
-        parents = torch.from_numpy(first[index] + places - 1)
-        logprobs = torch.log_softmax(logits[parents].float() / self._temperature, dim=-1)
-        asked, valid = guidance.select_candidates(logprobs, torch.full((len(index),), self._candidates), self._eos)
-        k, flat = asked.shape[1], asked.flatten().cpu().numpy()
-        nothing: list[tuple[int, ...]] = [()] * len(owners)
-        branches, _ = self._value.branch(owners, nothing, index.repeat(k), flat, places=places.repeat(k))
+        count = len(responses)
+        with self._policy.sequences(count) as owners, self._value.sequences(count):
+            tokens = [(*prompt, *response) for response in responses]
+            logits = self._policy.extend(owners, tokens, logits=True)
+            self._value.extend(owners, tokens)
+            first = np.cumsum([0, *map(len, tokens[:-1])])
+            # the state before each token of the response, as an index into the pass, and the token's place
+            index = np.repeat(owners, [len(response) for response in responses])
+            places = len(prompt) + np.concatenate([np.arange(len(response)) for response in responses])
+            parents = torch.from_numpy(first[index] + places - 1)
+            logprobs = torch.log_softmax(logits[parents].float() / self._temperature, dim=-1)
+            asked, valid = guidance.select_candidates(logprobs, torch.full((len(index),), self._candidates), self._eos)
+            k, flat = asked.shape[1], asked.flatten().cpu().numpy()
+            nothing: list[tuple[int, ...]] = [()] * count
+            branches, _ = self._value.branch(owners, nothing, index.repeat(k), flat, places=places.repeat(k))
         values = self._teacher.values(self._teacher.outputs(branches)).view(*asked.shape, -1)
-        for runner in (self._policy, self._value):
-            for owner in owners:
-                runner.cache.free(owner)
         return asked, logprobs.gather(1, asked).masked_fill(~valid, guidance.NEVER), values

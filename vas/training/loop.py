@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +18,7 @@ from vas.training.export import describe, export, full_state
 from vas.training.metrics import Held
 from vas.training.objective import ValueObjective
 from vas.training.schedule import factor
-from vas.training.speed import flops_per_token, product_rate
+from vas.training.speed import Speed
 from vas.training.step import take_step
 from vas.training.tracking import Tracking
 
@@ -55,7 +53,7 @@ class _Training:
             self._train.epoch(self._config.train.batch_size, (self._config.seed, epoch))
             for epoch in range(self._config.train.epochs)
         ]
-        self._speed = _Speed(self._objective, built.engine.device)
+        self._speed = Speed(self._objective.model.backbone, built.engine.device)
 
     def run(self) -> None:
         """What is left of the training."""
@@ -157,31 +155,6 @@ class _Training:
     def _report_rows(self, rows: int, note: str) -> None:
         if self._rank == 0 and rows:
             self._settings["board"].advance.remote(rows, note)
-
-
-class _Speed:
-    """Tokens per second of this worker, and the share of the machine's product rate that they make."""
-
-    def __init__(self, objective: ValueObjective, device: torch.device) -> None:
-        dtype = next(objective.model.backbone.parameters()).dtype
-        self._rate, self._flops = product_rate(device, dtype), flops_per_token(objective.model.backbone)
-
-    def start(self) -> None:
-        """An epoch begins."""
-        self._tokens, self._started = 0, time.monotonic()
-
-    def figures(self, share: Share) -> dict[str, float]:
-        """After a step, of the epoch so far; memory is the most that this process ever held."""
-        self._tokens += sum(batch.tokens for batch in share.batches)
-        speed = self._tokens / (time.monotonic() - self._started)
-        return {"tokens_per_s": speed, "mfu": speed * self._flops / self._rate, "memory_bytes": peak_memory()}
-
-
-def peak_memory() -> int:
-    """Bytes that this worker held at most: of the GPU if it has one, else of main memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _flat(metrics: dict[str, Any]) -> dict[str, float]:

@@ -37,7 +37,7 @@ class ValueObjective(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss summed over trained states, its mean over objectives; and the values [N, S, J]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_backbone):
-            states_NSH = _states(self.model, batch)
+            states_NSH = hidden_states(self.model, batch)
         outputs = self.model.outputs(states_NSH)
         values_NSJ = self.model.values(outputs).detach()
         targets_NSJ = guidance.td_lambda_targets(
@@ -54,7 +54,7 @@ class ValueObjective(nn.Module):
         """The values that targets are made of: the target network's, if there is one and λ asks for any."""
         if self.target is None or self.td_lambda == 1 or not self.training:
             return values_NSJ
-        return self.target.values(self.target.outputs(_states(self.target, batch)))
+        return self.target.values(self.target.outputs(hidden_states(self.target, batch)))
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -69,7 +69,7 @@ class ValueObjective(nn.Module):
         return (rewards_NJ - self.mean_J) / self.std_J
 
 
-def _states(model: ValueModel, batch: Batch) -> Tensor:
+def hidden_states(model: ValueModel, batch: Batch) -> Tensor:
     """The hidden state of every state of every response: [N, S, H]."""
     mask = batch.attention_mask(next(model.backbone.parameters()).dtype)
     hidden = model.hidden(batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask)

@@ -5,6 +5,7 @@ Runs in Ray's tasks, so it keeps clear of torch, whose import takes longer than 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -52,7 +53,7 @@ def pack_all(files: list[str], rows: list[int], objectives: list[str], location:
             tracker.advance(1)
     found.sort(key=lambda row: row["number"])
     for side, place in sides.items():
-        storage.write_table(storage.join(place, INDEX), _index(found, side))
+        write_index(place, [(row[f"{side}_tokens"], row[f"{side}_states"]) for row in found])
     return sides
 
 
@@ -78,14 +79,12 @@ def packed_file(location: str, number: int) -> str:
     return storage.join(location, f"{number:06d}.parquet")
 
 
-def _index(found: list[dict[str, Any]], side: str) -> pa.Table:
-    tokens, states = ([list(row[f"{side}_{what}"]) for row in found] for what in ("tokens", "states"))
-    file = np.repeat(np.arange(len(found)), [len(each) for each in tokens])
-    return pa.table({"file": file, "tokens": _flat(tokens), "states": _flat(states)})
-
-
-def _flat(lists: list[list[int]]) -> pa.Array:
-    return pa.array([number for numbers in lists for number in numbers], pa.int64())
+def write_index(location: str, files: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Write the index of packed files, given the `lengths` of each; readers look for it first."""
+    tokens, states = ([number for each in column for number in each] for column in zip(*files, strict=True))
+    file = np.repeat(np.arange(len(files)), [len(each) for each, _ in files])
+    table = pa.table({"file": file, "tokens": pa.array(tokens, pa.int64()), "states": pa.array(states, pa.int64())})
+    storage.write_table(storage.join(location, INDEX), table)
 
 
 def lengths(packed: pa.Table) -> tuple[list[int], list[int]]:

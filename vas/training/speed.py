@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import resource
 import time
 
 import torch
 from torch import nn
 
+from vas.training.data import Share
+
 SIZE = 2048
 SECONDS = 0.3
+
+
+class Speed:
+    """Tokens per second of this worker, and the share of the machine's product rate that they make."""
+
+    def __init__(self, backbone: nn.Module, device: torch.device) -> None:
+        dtype = next(backbone.parameters()).dtype
+        self._rate, self._flops = product_rate(device, dtype), flops_per_token(backbone)
+
+    def start(self) -> None:
+        """An epoch begins."""
+        self._tokens, self._started = 0, time.monotonic()
+
+    def figures(self, share: Share) -> dict[str, float]:
+        """After a step, of the epoch so far; memory is the most that this process ever held."""
+        self._tokens += sum(batch.tokens for batch in share.batches)
+        speed = self._tokens / (time.monotonic() - self._started)
+        return {"tokens_per_s": speed, "mfu": speed * self._flops / self._rate, "memory_bytes": peak_memory()}
+
+
+def peak_memory() -> int:
+    """Bytes that this worker held at most: of the GPU if it has one, else of main memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -92,10 +92,14 @@ def _check(config: RunConfig) -> None:
     """Find what every worker would stumble over. Raises VasError."""
     deepspeed_config(config.train, config.resources.workers, config.resources.gpus_per_worker > 0)
     if config.value.extends is not None:
-        from vas.models.value import ValueModelConfig, check_extension  # with torch, which the driver else does without
+        from vas.models.value import (
+            ValueModelConfig,
+            check_extension,
+            head_spec,
+        )  # with torch, which the driver else does without
 
         old = ValueModelConfig.load(config.value.extends)
-        check_extension(old, config.value.extends, list(config.rewards), config.value.head_spec())
+        check_extension(old, config.value.extends, list(config.rewards), head_spec(config.value))
 
 
 def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, Any]]:
