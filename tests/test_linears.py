@@ -12,7 +12,10 @@ from torch import nn
 from vas.decoding import linears
 from vas.decoding.engine import Engine
 from vas.decoding.scorer import make_scorer
+from vas.errors import VasError
 
+KINDS = linears.kinds()  # not every processor computes in bfloat16
+ROUNDED = KINDS[1:]
 SHAPES = [(1, 32), (2, 32), (7, 32), (33, 32), (200, 32), (1, 1, 32), (3, 5, 32)]
 
 
@@ -43,7 +46,7 @@ def test_exact_layers_are_torchs_own(dtype, bias):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kind", ROUNDED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounded_layers_are_near_torchs_own(dtype, kind, bias):
     own = layer(bias, dtype)
@@ -87,14 +90,14 @@ def test_packed_layers_can_be_switched_off(monkeypatch):
 
 def test_fastest_settles_on_one_kind_and_other_kinds_stay():
     model = tiny_base("llama").model
-    assert linears.settle(model, "fastest") in ("exact", "bfloat16", "int8")
+    assert linears.settle(model, "fastest") in KINDS
     for kind in ("exact", "bfloat16", "int8"):
         assert linears.settle(model, kind) == kind
     assert linears.settle(tiny_base("llama", torch.float64).model, "fastest") == "exact", "there is nothing to measure"
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma3", "llama"])
-@pytest.mark.parametrize("kind", ["exact", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_packed_model_gives_the_same_logits_or_near_ones(arch, kind):
     model = copy.deepcopy(tiny_base(arch).model)
     ids = torch.tensor(prompts(12, 12))
@@ -106,6 +109,22 @@ def test_a_packed_model_gives_the_same_logits_or_near_ones(arch, kind):
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     else:
         assert (after - before).norm() < 0.1 * before.norm()
+
+
+def test_a_processor_without_bfloat16_says_so_and_fastest_does_without(monkeypatch):
+    monkeypatch.setattr(linears, "_computes", lambda dtype: False)
+    linears.kinds.cache_clear()
+    try:
+        assert linears.kinds() == ("exact", "int8")
+        own = layer(bias=True)
+        with pytest.raises(VasError, match=r"no instructions for bfloat16(.|\n)*exact, int8, fastest"):
+            linears.make(own.weight, own.bias, "bfloat16")
+        halved = layer(bias=True, dtype=torch.bfloat16)
+        made, x = linears.make(halved.weight, halved.bias, "exact"), inputs(torch.bfloat16)[0]
+        assert torch.equal(made(x), halved(x)), "torch computes what oneDNN does not"
+        assert linears.settle(tiny_base("llama").model, "fastest") in ("exact", "int8")
+    finally:
+        linears.kinds.cache_clear()
 
 
 # --- engines -----------------------------------------------------------------------------------
@@ -141,7 +160,7 @@ def test_a_model_with_tied_embeddings_gives_up_its_weights_but_for_those():
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("kind", ["bfloat16", "int8", "fastest"])
+@pytest.mark.parametrize("kind", [*ROUNDED, "fastest"])
 def test_rounded_models_decode_nearly_as_exact_ones(arch, kind):
     base, models = copy.deepcopy(tiny_base(arch)), value_models(arch)
     scorers = [make_scorer(m.objectives[0], copy.deepcopy(m), kind, free=True) for m in models]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vas.choices import Linears
 from vas.decoding import switches
+from vas.errors import VasError
 
 ROWS = (1, 8, 32, 128)  # of decoding passes, by which `fastest` judges
 TIMED_WEIGHTS = 40_000_000  # more than a processor's cache holds, even with 8 bits each
@@ -84,11 +86,36 @@ _KINDS: dict[str, Callable[[Tensor, Tensor | None], nn.Module]] = {
 
 
 def make(weight: Tensor, bias: Tensor | None, kind: Linears) -> nn.Module:
-    """The linear layer x·weightᵀ + bias for decoding; torch's own on a GPU, or in a dtype without kernels."""
+    """The linear layer x·weightᵀ + bias for decoding; torch's own on a GPU, or in a dtype without kernels.
+
+    Raises VasError for a kind that this processor has no instructions for.
+    """
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if not _packable(weight) or switches.off("packed_linears"):
         return PlainLinear(weight, bias)
+    if kind not in kinds():
+        raise VasError(
+            f"this processor has no instructions for {kind} matrix products",
+            "linears",
+            f"take one of: {', '.join(kinds())}, fastest",
+        )
     return _KINDS[kind](weight, bias)
+
+
+@cache
+def kinds() -> tuple[str, ...]:
+    """The kinds of linear layers that this processor can compute; bfloat16 needs AVX-512 or its like."""
+    return tuple(kind for kind in _KINDS if kind != "bfloat16" or _computes(torch.bfloat16))
+
+
+@cache
+def _computes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes weights of this dtype here: only an attempt tells."""
+    try:
+        PackedLinear(torch.zeros(16, 16), None, dtype)(torch.zeros(1, 16))
+    except RuntimeError:
+        return False
+    return True
 
 
 def pack(model: nn.Module, kind: Linears) -> None:
@@ -113,7 +140,7 @@ def settle(model: nn.Module, kind: Linears) -> Linears:
             weights.append(module.weight.detach())
     if not weights:
         return "exact"
-    times = {name: _seconds([make_(w, None) for w in weights], weights) for name, make_ in _KINDS.items()}
+    times = {name: _seconds([_KINDS[name](w, None) for w in weights], weights) for name in kinds()}
     return cast(Linears, min(times, key=lambda name: times[name]))
 
 
@@ -134,5 +161,6 @@ def _seconds(layers: list[nn.Module], weights: list[Tensor]) -> float:
 
 
 def _packable(weight: Tensor) -> bool:
-    kernels = torch.backends.mkldnn.is_available()
-    return kernels and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    """Whether oneDNN's layout can hold it."""
+    kernels = torch.backends.mkldnn.is_available() and weight.device.type == "cpu"
+    return kernels and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _computes(weight.dtype)))
