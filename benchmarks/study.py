@@ -25,8 +25,9 @@ from vas.models.base import BaseModel, encode_prompt, load_base
 from vas.models.value import ValueModel
 from vas.prompts import load_prompts
 from vas.rewards import load_rewards
-from vas.rollouts.jobs import Plan, read_rollouts
 from vas.rollouts.pipeline import sample
+from vas.rollouts.plan import Plan
+from vas.rollouts.stored import read_rollouts
 from vas.training.batches import collate
 from vas.training.objective import ValueObjective
 from vas.training.packing import pack
@@ -146,7 +147,7 @@ class Study:
 
         def fit() -> dict[str, np.ndarray]:
             value = str(self.folder(design) / "value")
-            train(self.config_of(design), self._share(design.samples), str(self.folder(design) / "train"), value)
+            train(self.config_of(design), [self._share(design.samples)], str(self.folder(design) / "train"), value)
             return judge(ValueModel.load(value), pack(self._held_out_rows, [OBJECTIVE]).to_pylist())
 
         return cached(self.folder(design) / "states.npz", fit)

@@ -140,7 +140,7 @@ class Round:
         packed = pack(table, objectives)
         rows = packed.to_pylist()
         single = [
-            {"prompt": row["prompt"]} | {name: [row[name][n]] for name in ("responses", "rewards", "ended")}
+            {"prompt": row["prompt"]} | {name: [row[name][n]] for name in ("responses", "rewards", "ended", "first")}
             for row in rows
             for n in range(len(row["responses"]))
         ]
@@ -223,7 +223,7 @@ def under_ray(material: Material, prompts: int, threads: int, folder: str, their
     config = material.changed(f"resources.num_cpus={threads}")
     with ray_cluster(config.resources):
         started = time.perf_counter()
-        train(config, rollouts, stored, storage.join(folder, "value"))
+        train(config, [rollouts], stored, storage.join(folder, "value"))
         seconds = time.perf_counter() - started
     curves = EventAccumulator(storage.join(stored, "tensorboard"))
     curves.Reload()

@@ -47,6 +47,7 @@ def rows() -> list[dict[str, Any]]:
             "responses": [each.token_ids for each in group],
             "rewards": [[markov.exact([*prompt, *each.token_ids])] for each in group],
             "ended": [each.finish_reason == "stop" for each in group],
+            "first": [0] * len(group),
         }
         for prompt, group in zip(prompts, responses, strict=True)
     ]

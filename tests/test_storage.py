@@ -3,14 +3,16 @@
 import json
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from s3_server import s3_server
 from tiny import tiny_tokenizer, tiny_value
 
-from vas import config, storage
+from vas import config, s3, storage
 from vas.errors import VasError
 from vas.models.value import ValueModel
 from vas.prompts import load_prompts
@@ -163,6 +165,73 @@ def test_copying_what_is_not_there_names_the_source(tmp_path):
     assert not (tmp_path / "to").exists()
 
 
+# --- conditions, streams, rows: the same on disk and on S3 -----------------------------------------
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request, tmp_path):
+    """An empty directory."""
+    return str(tmp_path) if request.param == "disk" else request.getfixturevalue("bucket")
+
+
+def test_of_many_that_create_a_file_one_does(place):
+    contents = [str(number).encode() * 1000 for number in range(8)]
+    start = threading.Barrier(len(contents))
+
+    def create(content: bytes) -> str | None:
+        start.wait()
+        return storage.write_new(f"{place}/a/file", content)
+
+    with ThreadPoolExecutor(len(contents)) as pool:
+        created = list(pool.map(create, contents))
+    (winner,) = (content for content, version in zip(contents, created, strict=True) if version is not None)
+    assert storage.read_bytes(f"{place}/a/file") == winner
+    assert storage.list_files(place, hidden=True) == [f"{place}/a/file"]
+
+
+def test_what_is_removed_is_gone(place):
+    storage.write_bytes(f"{place}/file", b"x")
+    for _ in range(2):
+        storage.delete(f"{place}/file")
+        assert not storage.exists(f"{place}/file")
+        assert storage.read_version(f"{place}/file") is None
+
+
+def test_hidden_files_are_listed_when_asked_for(place):
+    for name in ("a", "_b", ".c"):
+        storage.write_bytes(f"{place}/{name}", b"")
+    assert storage.list_files(place, hidden=True) == sorted(f"{place}/{name}" for name in ("a", "_b", ".c"))
+
+
+def test_a_stream_of_tables_is_one_file_of_even_row_groups(place):
+    file, numbers = f"{place}/rows.parquet", pa.table({"n": pa.array(range(23), pa.int32())})
+    tables = [numbers.slice(0, 1), numbers.slice(1, 0), numbers.slice(1, 14), numbers.slice(15)]
+    assert storage.write_table_stream(file, iter(tables), numbers.schema, 5) == 23
+    assert storage.read_table([file]).equals(numbers)
+    assert storage.count_rows(file) == 23
+    fs, path = storage.filesystem(file)
+    metadata = pq.read_metadata(path, filesystem=fs)
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [5, 5, 5, 5, 3]
+    for start, stop in [(0, 23), (0, 1), (4, 6), (5, 10), (7, 7), (20, 99), (22, 23), (23, 30), (9, 3)]:
+        assert storage.read_rows(file, start, stop)["n"].to_pylist() == list(range(23))[start:stop]
+
+
+def test_no_tables_are_a_file_without_rows(place):
+    assert storage.write_table_stream(f"{place}/none.parquet", [], TABLE.schema, 5) == 0
+    assert storage.read_table([f"{place}/none.parquet"]).equals(TABLE.schema.empty_table())
+    assert len(storage.read_rows(f"{place}/none.parquet", 0, 3)) == 0
+
+
+def test_a_stream_that_fails_leaves_nothing(place):
+    def tables():
+        yield TABLE
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        storage.write_table_stream(f"{place}/rows.parquet", tables(), TABLE.schema, 2)
+    assert storage.list_files(place, hidden=True) == []
+
+
 # --- run directories ----------------------------------------------------------------------------
 
 
@@ -307,13 +376,38 @@ def test_s3_wrong_credentials_and_no_server_are_said(server, monkeypatch):
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    storage._s3.cache_clear()
-    try:
-        for look in (storage.exists, storage.list_files, storage.kind_of):
-            with pytest.raises(VasError, match=r"cannot look here(.|\n)*AWS_SECRET_ACCESS_KEY"):
-                look("s3://test/key")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens on `discard`
-        with pytest.raises(VasError, match="cannot look here"):
-            storage.exists("s3://test/key")
-    finally:
-        storage._s3.cache_clear()
+    for look in (storage.exists, storage.list_files, storage.kind_of):
+        with pytest.raises(VasError, match=r"cannot look here(.|\n)*AWS_SECRET_ACCESS_KEY"):
+            look("s3://test/key")
+    with pytest.raises(VasError, match=r"cannot write here(.|\n)*check your credentials"):
+        storage.write_bytes("s3://test/key", b"")
+    monkeypatch.setattr(s3, "ATTEMPTS", 2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens on `discard`
+    with pytest.raises(VasError, match="cannot look here"):
+        storage.exists("s3://test/key")
+    with pytest.raises(VasError, match=r"cannot write here(.|\n)*127.0.0.1:9(.|\n)*check AWS_ENDPOINT_URL"):
+        storage.write_bytes("s3://test/key", b"")
+
+
+def test_s3_a_bucket_that_is_not_there_is_said(bucket):
+    with pytest.raises(VasError, match=r"cannot read this file(.|\n)*s3://no-such-bucket/key(.|\n)*create it"):
+        storage.read_version("s3://no-such-bucket/key")  # this server makes a bucket that is written to
+
+
+def test_s3_a_large_file_goes_up_in_parts(bucket, monkeypatch):
+    monkeypatch.setattr(s3, "_PART", 5 * 2**20)
+    content = os.urandom(2**20) * 11
+    storage.write_bytes(f"{bucket}/large", content)
+    assert storage.read_bytes(f"{bucket}/large") == content
+
+
+def test_s3_a_version_that_is_no_longer_there_is_not_replaced(bucket):
+    file = f"{bucket}/file"
+    first = storage.write_new(file, b"first")
+    assert storage.read_version(file) == (b"first", first)
+    second = storage.write_over(file, b"second", first)
+    assert storage.write_over(file, b"third", first) is None
+    assert storage.read_version(file) == (b"second", second)
+    storage.delete(file)
+    assert storage.write_over(file, b"fourth", second) is None
+    assert storage.read_version(file) is None

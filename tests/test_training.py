@@ -54,8 +54,14 @@ def test_a_prompt_is_packed_once_with_all_its_responses():
         rollout("a", [5, 6], [11, 12, 13], 3.0, finish_reason="length"),
     ]
     assert packed(rows) == [
-        {"prompt": [5, 6], "responses": [[7, 8], [11, 12, 13]], "rewards": [[1.0], [3.0]], "ended": [True, False]},
-        {"prompt": [9], "responses": [[10]], "rewards": [[2.0]], "ended": [False]},
+        {
+            "prompt": [5, 6],
+            "responses": [[7, 8], [11, 12, 13]],
+            "rewards": [[1.0], [3.0]],
+            "ended": [True, False],
+            "first": [0, 0],
+        },
+        {"prompt": [9], "responses": [[10]], "rewards": [[2.0]], "ended": [False], "first": [0]},
     ]
 
 

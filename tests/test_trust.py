@@ -12,7 +12,7 @@ from tiny import tiny_base, tiny_tokenizer, tiny_value
 
 from vas.evaluation.states import state_values
 from vas.evaluation.trust import ROWS, card_section, judge, to_json
-from vas.rollouts.jobs import BASE_SETTING, Plan, setting_key
+from vas.rollouts.plan import BASE_SETTING, Plan, setting_key
 from vas.rollouts.sampler import Sampler
 from vas.schema import Prompt
 from vas.training.card import with_section
@@ -170,25 +170,24 @@ def test_values_of_states_and_of_their_candidates(tmp_path):
 PROMPT = Prompt("p", ({"role": "user", "content": "What does the fox do?"},))
 
 
-def jobs_of(*plans):
-    return [row for plan in plans for table in plan.missing(set(), 100) for row in table.to_pylist()]
+def jobs_of(plan):
+    return [job for number in range(plan.batches(100)) for job in plan.batch(number, 100)]
 
 
 def test_a_prefix_makes_other_rollouts_with_other_random_numbers():
     plain = Plan([PROMPT], 2, 0)
     rolled, other = (Plan([PROMPT], 2, 0, prefixes={"p": prefixes}) for prefixes in ([[5], [5, 6]], [[5], []]))
     guided = Plan([PROMPT], 2, 0, setting=setting_key({"positive": 2}), prefixes=rolled.prefixes)
-    (without,), (job,), (second,), (steered,) = (jobs_of(plan) for plan in (plain, rolled, other, guided))
-    assert (without["prefix_token_ids"], job["prefix_token_ids"]) == ([[], []], [[5], [5, 6]])
-    seeds = [*without["seed"], *job["seed"], second["seed"][1]]
+    without, jobs, second, steered = (jobs_of(plan) for plan in (plain, rolled, other, guided))
+    assert ([job.prefix for job in without], [job.prefix for job in jobs]) == ([(), ()], [(5,), (5, 6)])
+    seeds = [job.seed for job in (*without, *jobs, second[1])]
     assert len(set(seeds)) == 5  # not even an empty prefix gets the numbers that a prefix was drawn with
-    assert second["seed"][0] == job["seed"][0]
-    assert steered["seed"] == job["seed"]  # settings are compared under the same ones
-    assert not set(steered["rollout_id"]) & set(job["rollout_id"])
-    assert job["setting"] == BASE_SETTING
-    assert jobs_of(rolled) == [job]
-    (left,) = rolled.missing({job["rollout_id"][0]}, 100)
-    assert left["prefix_token_ids"].to_pylist() == [[[5, 6]]]
+    assert second[0].seed == jobs[0].seed
+    assert [job.seed for job in steered] == [job.seed for job in jobs]  # settings are compared under the same ones
+    assert not {job.rollout_id for job in steered} & {job.rollout_id for job in jobs}
+    assert {job.setting for job in jobs} == {BASE_SETTING}
+    assert jobs_of(rolled) == jobs
+    assert len({plan.key for plan in (plain, rolled, other, guided)}) == 4
 
 
 def test_a_response_goes_on_from_its_prefix(tmp_path):
@@ -197,8 +196,7 @@ def test_a_response_goes_on_from_its_prefix(tmp_path):
     torn = tokenizer("a fox é", add_special_tokens=False).input_ids[:-1]  # ends inside a character
     prefixes = [[], torn, [*torn, 7], [7] * 12]
     plan = Plan([PROMPT], 4, 0, prefixes={"p": prefixes})
-    (table,) = plan.missing(set(), 100)
-    free, begun, further, full = Sampler(run.config)(table).to_pylist()
+    free, begun, further, full = Sampler(run.config, [plan], str(tmp_path)).sample(jobs_of(plan))
     for row, prefix in zip((free, begun, further), prefixes, strict=False):
         tokens = row["response_token_ids"]
         assert row["error"] is None

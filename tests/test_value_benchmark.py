@@ -30,6 +30,7 @@ def packed_rows(count: int) -> list[dict]:
             "responses": [random.integers(4, 290, length).tolist() for length in (3, 7, 5)],
             "rewards": [[float(reward)] for reward in random.normal(size=3)],
             "ended": [True, False, True],
+            "first": [0, 0, 0],
         }
         for _ in range(count)
     ]

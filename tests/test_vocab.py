@@ -166,6 +166,7 @@ def row(prompt: tuple[int, ...], *responses: tuple[int, ...]) -> dict:
         "responses": [list(response) for response in responses],
         "rewards": [[0.0, 0.0]] * len(responses),
         "ended": [True] * len(responses),
+        "first": [0] * len(responses),
     }
 
 

@@ -2,7 +2,7 @@
 
 Every key has a type, a default and a meaning here; an unknown key is an error that
 names the nearest right one; `--set a.b=c` overrides. `RunConfig.digest()` identifies a
-run: everything counts but `resources` and `runs_dir`, which say where a run computes and lies.
+run: everything counts but `resources`, `runs_dir` and PLACES, which say where a run computes and lies.
 """
 
 from __future__ import annotations
@@ -29,6 +29,12 @@ class _Section(BaseModel):
 
 Strengths = dict[str, float]
 
+# Keys of other sections that, as `resources` do, say where and how patiently a run computes, and not what.
+PLACES = {
+    "base": {"openai", "api_key_env"},
+    "rollouts": {"tensor_parallel", "concurrency", "timeout", "attempts"},
+}
+
 
 class Base(_Section):
     model: str
@@ -40,6 +46,12 @@ class Base(_Section):
     linears: Linears = "exact"
     """Linear layers of base and value model on a CPU: in the model's dtype, or nearly as exact and faster:
     with bfloat16 or 8-bit weights. `fastest` measures which is, on this machine."""
+    openai: str | None = None
+    """Base URL of an OpenAI-compatible server that serves the model; `rollouts.engine: openai` samples there."""
+    api_key_env: str | None = None
+    """Environment variable that holds that server's key."""
+    served_name: str | None = None
+    """The model's name at that server; default `model`."""
 
 
 class Prompts(_Section):
@@ -84,6 +96,19 @@ class Rollouts(_Section):
     """Sequences an actor decodes at once; a batch is also what a crash can cost."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How the next token is drawn; guided responses are drawn the same way."""
+    roll_in: list[Strengths] = Field(default_factory=list)
+    """Settings of β under which responses begin in rounds after the first; by default those of evaluation."""
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
+    """What samples rollouts: this package, vLLM inside the actors, or the server at `base.openai`. Guided responses
+    are always sampled by `transformers`."""
+    tensor_parallel: int = Field(1, gt=0)
+    """GPUs that share one model, with the engine `vllm`; an actor needs as many."""
+    concurrency: int = Field(16, gt=0)
+    """Requests in flight at once, per actor, with the engine `openai`."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds that such a request may take before it is tried again."""
+    attempts: int = Field(6, gt=0)
+    """How often such a request is sent before its response counts as failed."""
 
 
 class Lora(_Section):
@@ -217,6 +242,8 @@ class Resources(_Section):
     """Bytes of shared memory when we start Ray."""
     actors: int | None = Field(None, gt=0)
     """Sampler actors; default as many as fit."""
+    max_actors: int | None = Field(None, gt=0)
+    """Let the pool of sampler actors grow to so many, when the cluster has room or scales up; default: it is fixed."""
     cpus_per_actor: int = Field(1, gt=0)
     """Torch threads of a sampler actor."""
     gpus_per_actor: float = Field(0, ge=0)
@@ -252,6 +279,9 @@ class RunConfig(_Section):
     """Objective name → reward."""
     rollouts: Rollouts = Field(default_factory=Rollouts)
     """How the base model is sampled."""
+    rounds: int = Field(1, gt=0)
+    """Rounds of rollouts and training. In each after the first, responses begin under the guidance of the round
+    before, for a random number of tokens; the base model ends them, and the value model is fitted to all rounds."""
     value: Value = Field(default_factory=Value)
     """The value model."""
     train: Train = Field(default_factory=Train)
@@ -268,16 +298,20 @@ class RunConfig(_Section):
                 raise ValueError("a setting of evaluation.strengths is empty or all zero; base is always compared")
             if setting in self.evaluation.strengths[:number]:
                 raise ValueError(f"evaluation.strengths has {setting} twice")
-            for objective in setting:
-                if objective not in self.rewards:
-                    raise ValueError(
-                        f"evaluation.strengths names '{objective}', which is no objective: "
-                        + nearest(objective, list(self.rewards))
-                    )
+            self._check_objectives(setting, "evaluation.strengths")
+        for setting in self.rollouts.roll_in:
+            self._check_objectives(setting, "rollouts.roll_in")
         if not self.evaluation.strengths:
             alone: list[Strengths] = [{name: beta} for name in self.rewards for beta in (2.0, 4.0, 8.0)]
             together: list[Strengths] = [dict.fromkeys(self.rewards, 4.0)] if len(self.rewards) > 1 else []
             self.evaluation.strengths = alone + together
+        if self.rollouts.engine == "openai" and not self.base.openai:
+            raise ValueError("rollouts.engine: openai needs base.openai, the server's address")
+        sharing, gpus = self.rollouts.tensor_parallel, self.resources.gpus_per_actor
+        if self.rollouts.engine == "vllm" and sharing > 1 and gpus != sharing:
+            raise ValueError(
+                f"rollouts.tensor_parallel is {sharing}, so resources.gpus_per_actor must be, not {gpus:g}"
+            )
         most = max(self.evaluation.best_of, default=1)
         if most > self.rollouts.samples_per_prompt:
             raise ValueError(
@@ -286,14 +320,24 @@ class RunConfig(_Section):
             )
         return self
 
+    def _check_objectives(self, setting: Strengths, where: str) -> None:
+        for objective in setting:
+            if objective not in self.rewards:
+                known = nearest(objective, list(self.rewards))
+                raise ValueError(f"{where} names '{objective}', which is no objective: {known}")
+
+    def roll_in(self) -> list[Strengths]:
+        """Settings of β that responses of a round after the first begin under."""
+        return self.rollouts.roll_in or self.evaluation.strengths
+
     def backbone(self) -> tuple[str, str | None]:
         """Model and revision that the value model starts from."""
         source = self.value.backbone or self.base.model
         return source, self.base.revision if source == self.base.model else None
 
     def digest(self) -> str:
-        """Hex digest of everything that decides a run's results; `resources` and `runs_dir` don't."""
-        content = self.model_dump(mode="json", exclude={"resources", "runs_dir"})
+        """Hex digest of everything that decides a run's results; `resources`, `runs_dir` and PLACES don't."""
+        content = self.model_dump(mode="json", exclude={"resources": True, "runs_dir": True, **PLACES})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def yaml(self) -> str:

@@ -1,5 +1,7 @@
 """The one error a user ever sees: what is wrong, where, and how to mend it."""
 
+from collections.abc import Iterator
+
 
 class VasError(Exception):
     """A mistake or obstacle that the user can mend.
@@ -36,6 +38,11 @@ def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
 
 def as_vas_error(error: BaseException | None) -> VasError | None:
     """The VasError behind an exception, however Ray or a chain of causes has wrapped it; else None."""
+    return next((cause for cause in causes(error) if type(cause) is VasError), None)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and all that it came of."""
     seen: set[int] = set()
     pending = [error]
     while pending:
@@ -43,8 +50,6 @@ def as_vas_error(error: BaseException | None) -> VasError | None:
         if here is None or id(here) in seen:
             continue
         seen.add(id(here))
-        if type(here) is VasError:
-            return here
+        yield here
         failures = getattr(here, "worker_failures", None) or {}
         pending += [here.__context__, here.__cause__, getattr(here, "cause", None), *failures.values()]
-    return None

@@ -13,6 +13,12 @@ def model_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
 
 
+def sampler_pool(resources: Resources, batches: int) -> tuple[int, int]:
+    """The least and the most sampler actors for so many batches. Raises VasError as `sampler_actors` does."""
+    smallest = min(sampler_actors(resources), batches)
+    return smallest, max(smallest, min(resources.max_actors or 0, batches))
+
+
 def sampler_actors(resources: Resources) -> int:
     """Sampler actors: as asked for, else as many as there is room for. Raises VasError if they don't fit."""
     if resources.actors is None and resources.gpus_per_actor:

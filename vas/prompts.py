@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import resources
-from typing import Any
+from itertools import islice
+from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -21,11 +22,17 @@ from vas.schema import PROMPT_SCHEMA, Message, Prompt
 _COLUMNS = ("messages", "prompt", "question", "text")
 _ROLES = ("system", "user", "assistant")
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+STORED_TOGETHER = 1024  # prompts in a part of a Parquet file that is read at once
 _BUNDLED = {"demo": "demo_prompts.jsonl"}
 
 
 def load_prompts(config: Prompts) -> list[Prompt]:
-    """The prompts that `config.source` names, in the order of its files and rows.
+    """All of `stream_prompts`."""
+    return list(stream_prompts(config))
+
+
+def stream_prompts(config: Prompts) -> Iterator[Prompt]:
+    """The prompts that `config.source` names, in the order of its files and rows; only their ids are kept in memory.
 
     A source is a .jsonl/.json (an object a line), .parquet or .txt file (a user message a line),
     a directory of such files, or `bundled:NAME`. A row's prompt is its column `config.field`, else
@@ -35,36 +42,79 @@ def load_prompts(config: Prompts) -> list[Prompt]:
     prompt are left out, and the log says how many.
 
     Raises VasError for a source that cannot be read, a malformed row (by file and line), two
-    different prompts with one prompt_id, no prompts at all, or a split with an empty side.
+    different prompts with one prompt_id, and, at the end, no prompts at all or a split with an empty side.
     """
-    found: dict[str, tuple[Prompt, str]] = {}
-    repeats = 0
+    contents: dict[str, str] = {}  # prompt_id → identity of what is asked
+    repeats = held_out = 0
     for row, where in _rows(config.source):
-        prompt = _prompt(row, config, where)
-        earlier, earlier_where = found.setdefault(prompt.prompt_id, (prompt, where))
-        if earlier != prompt:
-            raise VasError(
-                f"two different prompts have the prompt_id '{prompt.prompt_id}'",
-                f"{where}, and before it {earlier_where}",
-                "give each prompt its own prompt_id, or leave the column out",
-            )
-        repeats += earlier_where != where
-        if len(found) == config.limit:
+        prompt, identity = _prompt(row, config, where)
+        if prompt.prompt_id in contents:
+            if contents[prompt.prompt_id] != identity:
+                raise _two_prompts(config, prompt.prompt_id, where)
+            repeats += 1
+            continue
+        contents[prompt.prompt_id] = identity
+        held_out += prompt.held_out
+        yield prompt
+        if len(contents) == config.limit:
             break
     if repeats:
         log = logging.getLogger(__name__)
         log.warning("%s: left out %d rows that repeat an earlier prompt", config.source, repeats)
-    prompts = [prompt for prompt, _ in found.values()]
-    if not prompts:
+    if not contents:
         raise VasError("the prompt set is empty", config.source, "put at least two prompts in it")
-    if len({prompt.held_out for prompt in prompts}) == 1:
-        side = "training" if prompts[0].held_out else "evaluation"
+    if held_out in (0, len(contents)):
+        side = "training" if held_out else "evaluation"
         raise VasError(
-            f"the split leaves no prompts for {side} (prompts: {len(prompts)}, held_out: {config.held_out})",
+            f"the split leaves no prompts for {side} (prompts: {len(contents)}, held_out: {config.held_out})",
             config.source,
             "use more prompts (prompts.limit), or change prompts.held_out",
         )
-    return prompts
+
+
+def _two_prompts(config: Prompts, prompt_id: str, where: str) -> VasError:
+    """The error of an id that is given twice, to different prompts."""
+    earlier = next(at for row, at in _rows(config.source) if _prompt(row, config, at)[0].prompt_id == prompt_id)
+    return VasError(
+        f"two different prompts have the prompt_id '{prompt_id}'",
+        f"{where}, and before it {earlier}",
+        "give each prompt its own prompt_id, or leave the column out",
+    )
+
+
+class StoredPrompts(Sequence[Prompt]):
+    """The prompts of a Parquet file that `prompts_to_table` describes, read as they are asked for."""
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._count = storage.count_rows(location)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self._count)
+            return prompts_from_table(storage.read_rows(self._location, start, max(start, stop)))[::step]
+        return self[range(self._count)[index] : range(self._count)[index] + 1][0]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for start in range(0, self._count, STORED_TOGETHER):
+            yield from self[start : start + STORED_TOGETHER]
+
+
+def store_prompts(location: str, prompts: Iterable[Prompt]) -> StoredPrompts:
+    """Write prompts to one Parquet file, a part at a time; whatever the iterable raises leaves none."""
+    parts = iter(prompts)
+    tables = iter(lambda: prompts_to_table(list(islice(parts, STORED_TOGETHER))), prompts_to_table([]))
+    storage.write_table_stream(location, tables, PROMPT_SCHEMA, STORED_TOGETHER)
+    return StoredPrompts(location)
 
 
 def prompts_to_table(prompts: list[Prompt]) -> pa.Table:
@@ -129,8 +179,8 @@ def _line(line: bytes, plain: bool, where: str) -> dict[str, Any]:
     return row
 
 
-def _prompt(row: dict[str, Any], config: Prompts, where: str) -> Prompt:
-    """A row as a Prompt, with its id and its side of the split."""
+def _prompt(row: dict[str, Any], config: Prompts, where: str) -> tuple[Prompt, str]:
+    """A row as a Prompt, with its id and its side of the split; and the identity of what is asked."""
     columns = [name for name in ([config.field] if config.field else _COLUMNS) if row.get(name) is not None]
     if not columns:
         wanted = config.field or "', '".join(_COLUMNS)
@@ -149,7 +199,7 @@ def _prompt(row: dict[str, Any], config: Prompts, where: str) -> Prompt:
         raise VasError(f"bad prompt in '{column}': {error}", where, mend) from None
     if config.system and messages and all(message["role"] != "system" for message in messages):
         messages = [{"role": "system", "content": config.system}, *messages]
-    return Prompt(prompt_id, tuple(messages), text, held_out)
+    return Prompt(prompt_id, tuple(messages), text, held_out), identity
 
 
 def _content(content: Any, column: str) -> tuple[list[Message], str]:

@@ -1,126 +1,67 @@
-"""Paths and URIs: one way to read, list and atomically write, on disk or on S3.
+"""Storage: one way to read, list and atomically write files, tables and directories, on disk or on S3.
 
-A location is a string: a local path, `file://…`, `s3://bucket/key` or any URI that
-pyarrow knows. S3-compatible stores are found through `AWS_ENDPOINT_URL`.
+Locations and whole files are `vas.files`'; here are Parquet files and directories on top of them.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import tempfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import lru_cache
-from urllib.parse import urlparse
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from vas import s3
 from vas.errors import VasError
+from vas.files import (
+    absolute,
+    delete,
+    exists,
+    filesystem,
+    is_remote,
+    join,
+    kind_of,
+    list_files,
+    new_file,
+    read_bytes,
+    read_version,
+    reason,
+    write_bytes,
+    write_new,
+    write_over,
+    writing,
+)
 
+T = TypeVar("T")
 
-def is_remote(location: str) -> bool:
-    """True for a URI on another machine."""
-    return "://" in location and not location.startswith("file://")
-
-
-def join(location: str, *parts: str) -> str:
-    """Append path parts to a location."""
-    return "/".join([location.rstrip("/"), *parts])
-
-
-def absolute(location: str) -> str:
-    """The location as any process of this machine finds it, whatever its working directory."""
-    return location if is_remote(location) else os.path.abspath(location.removeprefix("file://"))
-
-
-def filesystem(location: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem of a location, and the path inside it."""
-    if location.startswith("s3://"):
-        return _s3(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")), location[5:]
-    if is_remote(location):
-        try:
-            return pafs.FileSystem.from_uri(location)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise VasError(f"cannot open this kind of URI: {error}", location) from None
-    return pafs.LocalFileSystem(), os.path.abspath(location.removeprefix("file://"))
-
-
-@lru_cache(maxsize=4)
-def _s3(endpoint: str | None) -> pafs.FileSystem:
-    if endpoint is None:
-        return pafs.S3FileSystem()
-    url = urlparse(endpoint)
-    return pafs.S3FileSystem(endpoint_override=url.netloc, scheme=url.scheme or "https")
-
-
-def exists(location: str) -> bool:
-    """True if a file or directory is there."""
-    return kind_of(location) != pafs.FileType.NotFound
-
-
-def kind_of(location: str) -> pafs.FileType:
-    """File, Directory or NotFound. Raises VasError if the store does not answer."""
-    fs, path = filesystem(location)
-    try:
-        return fs.get_file_info(path).type
-    except OSError as error:
-        raise _unreachable(location, error) from None
-
-
-def list_files(location: str, suffix: str = "") -> list[str]:
-    """Locations of the committed files under a directory, sorted; none if it does not exist.
-
-    What begins with a dot or an underscore, file or folder, is not committed.
-    """
-    fs, path = filesystem(location)
-    selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
-    scheme = location.split("://")[0] + "://" if is_remote(location) else ""
-    try:
-        found = fs.get_file_info(selector)
-    except OSError as error:
-        raise _unreachable(location, error) from None
-    inside = len(path.rstrip("/")) + 1
-    return sorted(
-        scheme + info.path
-        for info in found
-        if info.is_file
-        and info.path.endswith(suffix)
-        and not any(part.startswith((".", "_")) for part in info.path[inside:].split("/"))
-    )
-
-
-def read_bytes(location: str) -> bytes:
-    """A whole file. Raises VasError if it cannot be read."""
-    fs, path = filesystem(location)
-    try:
-        with fs.open_input_stream(path) as stream:
-            return stream.read()
-    except OSError as error:
-        raise VasError(f"cannot read this file: {_reason(error)}", location, "check the path and its rights") from None
-
-
-def write_bytes(location: str, content: bytes) -> None:
-    """Write a whole file, atomically: readers see the old one or the new one, never half of it."""
-    fs, path = filesystem(location)
-    remote = is_remote(location)  # an object store's PUT is atomic already
-    folder, _, name = path.rpartition("/")
-    target = path if remote else f"{folder}/.{name}.{uuid.uuid4().hex}"
-    try:
-        if not remote:
-            fs.create_dir(folder, recursive=True)
-        with fs.open_output_stream(target) as stream:
-            stream.write(content)
-        if not remote:
-            os.replace(target, path)
-    except OSError as error:
-        if not remote:
-            with suppress(OSError):
-                os.unlink(target)
-        raise _unwritable(location, error) from None
+__all__ = [
+    "absolute",
+    "copy_directory",
+    "count_rows",
+    "delete",
+    "exists",
+    "filesystem",
+    "is_remote",
+    "join",
+    "kind_of",
+    "list_files",
+    "local_copy",
+    "read_bytes",
+    "read_rows",
+    "read_table",
+    "read_version",
+    "write_bytes",
+    "write_new",
+    "write_over",
+    "write_table",
+    "write_table_stream",
+]
 
 
 def write_table(location: str, table: pa.Table) -> None:
@@ -130,18 +71,89 @@ def write_table(location: str, table: pa.Table) -> None:
     write_bytes(location, sink.getvalue().to_pybytes())
 
 
+def write_table_stream(location: str, tables: Iterable[pa.Table], schema: pa.Schema, row_group_size: int) -> int:
+    """Write a Parquet file atomically from tables that come one after another; returns how many rows it has.
+
+    row_group_size: rows; no more than that, and the table that came last, are in memory.
+    """
+    rows = 0
+    with new_file(location) as path:
+        with writing(location):
+            writer = pq.ParquetWriter(path, schema)
+        try:
+            for table in _of_size(tables, row_group_size):
+                rows += len(table)
+                with writing(location):
+                    writer.write_table(table, row_group_size)
+        finally:
+            with writing(location):
+                writer.close()
+    return rows
+
+
 def read_table(locations: list[str], schema: pa.Schema | None = None, columns: list[str] | None = None) -> pa.Table:
     """Read and concatenate Parquet files."""
     tables = []
     for location in locations:
         fs, path = filesystem(location)
-        try:
-            tables.append(pq.read_table(path, filesystem=fs, columns=columns))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise VasError(f"cannot read this Parquet file: {_reason(error)}", location) from None
+        tables.append(_read(location, partial(pq.read_table, path, filesystem=fs, columns=columns)))
     if not tables:
         return (schema or pa.schema([])).empty_table()
     return pa.concat_tables(tables, promote_options="default")
+
+
+def count_rows(location: str) -> int:
+    """How many rows a Parquet file has; reads its footer only."""
+    fs, path = filesystem(location)
+    return _read(location, lambda: pq.read_metadata(path, filesystem=fs).num_rows)
+
+
+def read_rows(location: str, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
+    """Rows start to stop − 1 of a Parquet file, as of a list's slice; reads only the row groups they lie in."""
+    fs, path = filesystem(location)
+
+    def read() -> pa.Table:
+        with pq.ParquetFile(path, filesystem=fs) as file:
+            groups, first, skipped = [], 0, 0
+            for group in range(file.num_row_groups):
+                end = first + file.metadata.row_group(group).num_rows
+                if end <= start:
+                    skipped = end
+                elif first < stop:
+                    groups.append(group)
+                first = end
+            return file.read_row_groups(groups, columns).slice(start - skipped, max(stop - start, 0))
+
+    return _read(location, read)
+
+
+def _read(location: str, read: Callable[[], T]) -> T:
+    """What `read` returns. Raises VasError if the file cannot be read."""
+    for attempt in range(s3.ATTEMPTS):
+        try:
+            return read()
+        except (OSError, pa.ArrowInvalid) as error:
+            # S3 was asked for a few bytes and sent an error. pyarrow has room for the bytes only, not for the error's
+            # text, and gives up without having understood that it should try again.
+            if "flush response stream" not in str(error) or attempt == s3.ATTEMPTS - 1:
+                raise VasError(f"cannot read this Parquet file: {reason(error)}", location) from None
+        time.sleep(min(0.2 * 2**attempt, 10))
+    raise AssertionError
+
+
+def _of_size(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size`, the last one apart."""
+    pending: list[pa.Table] = []
+    for table in tables:
+        pending.append(table)
+        if sum(map(len, pending)) >= size:
+            joined = pa.concat_tables(pending)
+            whole = len(joined) // size * size
+            for start in range(0, whole, size):
+                yield joined.slice(start, size)
+            pending = [joined.slice(whole)]
+    if any(map(len, pending)):
+        yield pa.concat_tables(pending)
 
 
 @contextmanager
@@ -159,26 +171,23 @@ def copy_directory(source: str, target: str) -> None:
     """Copy every file under one location to another, on any mix of filesystems. Raises VasError."""
     if kind_of(source) != pafs.FileType.Directory:
         raise VasError("there is no such directory", source, "check the path")
-    source_fs, source_path = filesystem(source)
-    target_fs, target_path = filesystem(target)
-    try:
-        target_fs.create_dir(target_path, recursive=True)
-        pafs.copy_files(source_path, target_path, source_filesystem=source_fs, destination_filesystem=target_fs)
-    except OSError as error:
-        raise _unwritable(target, error) from None
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return re.sub(r".* Detail: \[errno \d+\] ", "", text)  # pyarrow says the path and the call again
-
-
-def _unreachable(location: str, error: OSError) -> VasError:
-    mend = "check the address, the network and your rights"
-    if location.startswith("s3://"):
-        mend += " (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
-    return VasError(f"cannot look here: {_reason(error)}", location, mend)
-
-
-def _unwritable(location: str, error: OSError) -> VasError:
-    return VasError(f"cannot write here: {_reason(error)}", location, "check the path, its rights and free space")
+    if is_remote(source) and is_remote(target):
+        with local_copy(source) as folder:
+            copy_directory(folder, target)
+    elif source.startswith("s3://"):
+        for file in list_files(source, hidden=True):
+            path = Path(absolute(target), file[len(source.rstrip("/")) + 1 :])
+            with writing(target):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            s3.objects().download(file, str(path))
+    elif target.startswith("s3://"):
+        folder = absolute(source)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                s3.objects().upload(join(target, path.relative_to(folder).as_posix()), str(path))
+    else:
+        source_fs, source_path = filesystem(source)
+        target_fs, target_path = filesystem(target)
+        with writing(target):
+            target_fs.create_dir(target_path, recursive=True)
+            pafs.copy_files(source_path, target_path, source_filesystem=source_fs, destination_filesystem=target_fs)

@@ -63,7 +63,7 @@ def fit(make_config: ConfigMaker, rollouts: str, tmp_path):
 
     def run(name: str, *overrides: str) -> Path:
         output = tmp_path / name / "value"
-        train(config_of(make_config, *overrides), rollouts, str(tmp_path / name / "train"), str(output))
+        train(config_of(make_config, *overrides), [rollouts], str(tmp_path / name / "train"), str(output))
         return output
 
     return run
@@ -73,5 +73,5 @@ def fit(make_config: ConfigMaker, rollouts: str, tmp_path):
 def alone(make_config: ConfigMaker, rollouts: str, tmp_path_factory) -> Path:
     """What one worker makes, undisturbed."""
     folder = tmp_path_factory.mktemp("alone")
-    train(config_of(make_config, *workers(1)), rollouts, str(folder / "train"), str(folder / "value"))
+    train(config_of(make_config, *workers(1)), [rollouts], str(folder / "train"), str(folder / "value"))
     return folder / "value"

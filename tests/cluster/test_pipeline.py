@@ -19,8 +19,9 @@ from vas.config import Resources, RunConfig, parse_config
 from vas.models.base import load_base
 from vas.models.value import ValueModel
 from vas.prompts import load_prompts
-from vas.rollouts.jobs import Plan, read_rollouts
 from vas.rollouts.pipeline import sample
+from vas.rollouts.plan import Plan
+from vas.rollouts.stored import read_rollouts
 from vas.run import stages
 from vas.run.cluster import ray_cluster
 from vas.run.directory import RunDirectory
@@ -362,7 +363,7 @@ def test_rows_that_fail_are_marked_and_tried_again(make_config, tmp_path):
 
 def test_zero_3_writes_the_same_kind_of_checkpoint(make_config, run, rows, tmp_path):
     config, output = config_of(two_workers(make_config("whole"), zero_stage=3)), str(tmp_path / "value")
-    metrics = train(config, run.rollouts, str(tmp_path / "train"), output)
+    metrics = train(config, [run.rollouts], str(tmp_path / "train"), output)
     model, of_zero_2 = ValueModel.load(output), ValueModel.load(run.value)
     values = torch.cat([model(torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]]))[0] for row in rows])
     assert values.isfinite().all()

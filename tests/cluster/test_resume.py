@@ -19,7 +19,8 @@ from tools import ConfigMaker, checkpoints, command, committed, descendants, rea
 from vas.config import parse_config
 from vas.models.value import ValueModel
 from vas.prompts import load_prompts
-from vas.rollouts.jobs import Plan, read_rollouts, setting_key
+from vas.rollouts.plan import Plan, setting_key
+from vas.rollouts.stored import read_rollouts
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3

@@ -67,11 +67,18 @@ def run(target: Target, set_: Overrides = None) -> None:
 
 
 @app.command(epilog="Example: `vas rollout configs/demo.yaml --set name=mine --set rollouts.samples_per_prompt=16`")
-def rollout(target: Target, set_: Overrides = None) -> None:
+def rollout(
+    target: Target,
+    set_: Overrides = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RUN", help="Score this run's responses instead of sampling them again."),
+    ] = None,
+) -> None:
     """Sample rollouts from the base model and score them with the rewards."""
     from vas.run import stages
 
-    stages.rollout(_open(target, set_))
+    stages.rollout(_open(target, set_), source)
 
 
 @app.command(epilog="Example: `vas train runs/demo --set resources.workers=2`")
@@ -146,10 +153,12 @@ def config_show(config: ConfigFile, set_: Overrides = None) -> None:
 @config_app.command("check", epilog="Example: `vas config check configs/demo.yaml`")
 def config_check(config: ConfigFile, set_: Overrides = None) -> None:
     """Check a config, and that its model, prompts and rewards can be had."""
+    from vas.prompts import load_prompts
     from vas.run.stages import check
 
     resolved = load_config(config, set_ or ())
-    prompts = check(resolved)
+    prompts = load_prompts(resolved.prompts)
+    check(resolved)
     held_out = sum(prompt.held_out for prompt in prompts)
     console.print(
         f"{config} is fine: {len(prompts)} prompts ({held_out} held out), "

@@ -65,6 +65,8 @@ class Engine:
         self._added = 0
         self.preempted = 0
         """How often a sequence was sent back to wait."""
+        self.interrupted: tuple[str, ...] = ()
+        """Requests that were running when a step failed last; they wait again, the oldest first."""
         self._completions: dict[str, Completion] = {}
         self._streams: dict[str, deque[Token]] = {}
 
@@ -178,6 +180,15 @@ class Engine:
         return self._scheduler.busy
 
     @property
+    def max_sequences(self) -> int:
+        """How many requests are decoded at once; a lower number lets those that run already finish."""
+        return self._scheduler.max_sequences
+
+    @max_sequences.setter
+    def max_sequences(self, number: int) -> None:
+        self._scheduler.max_sequences = number
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes that the KV caches of base and value models hold."""
         return self._runner.cache.memory() + sum(scorer.kv_bytes for scorer in self._scorers)
@@ -192,8 +203,9 @@ class Engine:
         try:
             tokens = self._step()
         except BaseException:
-            trunks = [s for s in self._scheduler.running if s.fork == 0]
-            for sequence in sorted(trunks, key=lambda s: s.number, reverse=True):
+            trunks = sorted((s for s in self._scheduler.running if s.fork == 0), key=lambda s: s.number)
+            self.interrupted = tuple(sequence.request.request_id for sequence in trunks)
+            for sequence in reversed(trunks):
                 self._send_back(sequence)
             raise
         for token in tokens:

@@ -20,7 +20,7 @@ class Scheduler:
     """
 
     def __init__(self, fits: Callable[[int, int], bool], max_sequences: int) -> None:
-        self._has_room, self._max_sequences = fits, max_sequences
+        self._has_room, self.max_sequences = fits, max_sequences
         self._sharing = not switches.off("shared_prefixes")
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -44,7 +44,7 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Let in waiting sequences for which there are places and room; returns them."""
         fresh = len(self.running)
-        places = self._max_sequences - sum(s.fork == 0 for s in self.running)
+        places = self.max_sequences - sum(s.fork == 0 for s in self.running)
         while self.waiting and places > 0 and self._fits([*self.running, self.waiting[0]]):
             places -= 1
             sequence = self.waiting.popleft()

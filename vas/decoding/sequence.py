@@ -186,6 +186,8 @@ class Completion:
     """Token positions run through the base model, prompt included."""
     value_positions: dict[str, int] = field(default_factory=dict)
     """The same for each scorer, by its name."""
+    seconds: float = 0.0
+    """Its share of the time of the steps it was in, where somebody counts it; else 0."""
 
     top: list[tuple[tuple[int, float, float], ...]] = field(default_factory=list)
     """Each step's likeliest tokens, if the request wants any: see `Token.top`."""

@@ -13,8 +13,9 @@ from vas.evaluation.methods import ByPrompt
 from vas.evaluation.states import state_values
 from vas.evaluation.trust import Trust, card_section, judge, to_json
 from vas.models.value import ValueModelConfig
-from vas.rollouts.jobs import Plan, by_prompt, read_rollouts
 from vas.rollouts.pipeline import sample
+from vas.rollouts.plan import Plan
+from vas.rollouts.stored import by_prompt, read_rollouts
 from vas.schema import Prompt
 from vas.training.card import with_section
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,9 @@ from vas.evaluation.trust import Trust
 from vas.models.base import load_pretrained, load_tokenizer
 from vas.models.value import ValueModelConfig
 from vas.progress import console as terminal
-from vas.rollouts.jobs import Plan, by_prompt, read_rollouts, setting_key
 from vas.rollouts.pipeline import sample
+from vas.rollouts.plan import Plan, setting_key
+from vas.rollouts.stored import by_prompt, read_rollouts
 from vas.schema import Prompt
 from vas.training.history import best
 
@@ -42,7 +44,7 @@ class Inputs:
     revision: str
 
 
-def evaluate(config: RunConfig, prompts: list[Prompt], inputs: Inputs) -> list[Result]:
+def evaluate(config: RunConfig, prompts: Iterable[Prompt], inputs: Inputs) -> list[Result]:
     """Decode the held-out prompts in every setting, compare with base and best-of-N, and see whether values come true.
 
     Writes responses/, completions/, results.parquet, trust.json, figures/ and report.html under `inputs.output`.

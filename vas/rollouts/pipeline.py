@@ -1,144 +1,140 @@
-"""The Ray Data pipeline: jobs → sampler actors → rewards → one committed file a batch."""
+"""The Ray Data pipeline: batches of a plan → sampler actors → rewards → one committed file a batch."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
-from functools import cached_property
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
+from ray import exceptions
 
-from vas import rewards, schema, storage
+from vas import storage
 from vas.config import RunConfig
-from vas.digests import digest
-from vas.placement import sampler_actors
+from vas.errors import VasError, causes
+from vas.placement import sampler_pool
 from vas.progress import Tracker
-from vas.rollouts.jobs import Plan, discard_failed, finished_ids
+from vas.rollouts.counts import Summary
+from vas.rollouts.operators import Committer, RewardScorer, StoredResponses
+from vas.rollouts.plan import Plan
 from vas.rollouts.sampler import Sampler
+from vas.rollouts.stored import pending
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class Summary:
-    """What a pass over the pipeline did."""
-
-    rows: int = 0
-    """Rows there are now, those of earlier passes included."""
-    sampled: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    errors: dict[str, int] = field(default_factory=dict)
-    """First line of an error → rows."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Response tokens per second, all actors together."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-class RewardScorer:
-    """A Ray Data actor that fills in `rewards`; a row that cannot be scored gets `error`."""
-
-    def __init__(self, config: RunConfig, guided: bool) -> None:
-        self._config = config
-        self._schema = schema.rollout_schema(list(config.rewards), guided)
-
-    @cached_property
-    def _rewards(self) -> dict[str, rewards.Reward]:
-        """Loaded by the first batch: an error in an actor's constructor would not reach the user."""
-        return rewards.load_rewards(self._config.rewards)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
-        sampled = [row for row in rows if row["error"] is None]
-        prompts = [schema.Prompt.from_row(row) for row in sampled]
-        scored = rewards.score(self._rewards, prompts, [row["response_text"] for row in sampled])
-        for row, result in zip(sampled, scored, strict=True):
-            row["rewards"], row["error"] = result.rewards, result.error
-            if result.error is not None:
-                row["finish_reason"] = "error"
-        return pa.Table.from_pylist(rows, schema=self._schema)
-
-
-class Committer:
-    """Writes each batch as one file, atomically, under a name that its rows decide.
-
-    So a batch that is retried lands on its own file, and readers see whole files only.
-    """
-
-    def __init__(self, location: str) -> None:
-        self._location = location
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        identity = digest(*table["rollout_id"].to_pylist())
-        storage.write_table(storage.join(self._location, f"{identity}.parquet"), table)
-        return pa.table(
-            {
-                "tokens": [len(sampled) for sampled in table["logprobs"].to_pylist()],
-                "error": table["error"],
-            }
-        )
+CALLS = 2  # batches in an actor at once: what one leaves free, the other fills
+FRUITLESS_PASSES = 2  # that end in lost processes without a batch finished, before we give up
+LOST = (
+    exceptions.RayActorError,
+    exceptions.WorkerCrashedError,
+    exceptions.NodeDiedError,
+    exceptions.ObjectLostError,
+    exceptions.OutOfMemoryError,
+)
 
 
 def sample(config: RunConfig, plans: list[Plan], location: str, title: str, value: str | None = None) -> Summary:
     """Sample, score and commit every response of the plans that is not committed under `location` yet.
 
-    value: location of the value model that guides, for plans with a setting.
-    Rows that failed in an earlier pass are tried again.
+    value: location of the value model that guides, for plans with a setting or a roll-in.
+    Rows that failed in an earlier pass are tried again. Work of actors and machines that die is done elsewhere;
+    where Ray can't see to that itself, what is missing is planned anew.
+    Raises VasError for what no retry mends.
     """
-    if discard_failed(location):
-        logger.info("trying the rows again that failed before")
-    finished = finished_ids(location)
-    batches = [batch for plan in plans for batch in plan.missing(finished, config.rollouts.batch_size)]
+    summary = Summary()
     total = sum(plan.samples * len(plan.prompts) for plan in plans)
-    left = sum(len(ids) for batch in batches for ids in batch["rollout_id"].to_pylist())
-    summary = Summary(rows=total - left)
-    if summary.rows and left:
-        logger.info("%d of %d rows are there already", summary.rows, total)
-    if not batches:
-        return summary
-    dataset = (
-        ray.data.from_arrow(batches)
-        .map_batches(
-            Sampler,
-            fn_constructor_args=(config, value),
-            compute=ray.data.ActorPoolStrategy(
-                size=min(sampler_actors(config.resources), len(batches)), max_tasks_in_flight_per_actor=2
-            ),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=config.resources.cpus_per_actor,
-            num_gpus=config.resources.gpus_per_actor,
+    fruitless, before = 0, -1
+    while True:
+        work, left = pending(plans, config.rollouts.batch_size, location)
+        summary.rows, summary.errors = total - left, {}
+        if before < 0 < summary.rows and left:
+            logger.info("%d of %d rows are there already", summary.rows, total)
+        if not len(work):
+            return summary
+        fruitless = fruitless + 1 if left == before else 0
+        before = left
+        try:
+            rows = _sampled(config, plans, location, value, work, summary)
+            _commit_all(rows, config, location, Tracker(title, left), summary, guided=value is not None)
+            return summary
+        except Exception as error:
+            if not any(isinstance(cause, LOST) for cause in causes(error)):
+                raise
+            if fruitless == FRUITLESS_PASSES:
+                first = ", ".join(work["name"].to_pylist()[:3])
+                raise VasError(
+                    f"the processes that sample die again and again: {str(error).splitlines()[0]}",
+                    f"{location}: {len(work)} batches are left, {first} first",
+                    "what is finished is kept; see Ray's logs for the reason (memory, most often: lower batch_size)",
+                ) from None
+            logger.warning("processes were lost; going on with what is missing")
+
+
+def rescore(config: RunConfig, plan: Plan, source: str, location: str, title: str) -> Summary:
+    """Score the responses under `source`, committed by the same plan, with this config's rewards; nothing is sampled.
+
+    Rows come under `location` with the ids they have. Those that failed are failed there too, and tried again
+    by `sample`, as those that `source` lacks are. Batches that are there already are left as they are.
+    """
+    work, _ = pending([plan], config.rollouts.batch_size, location)
+    stored = pa.array([file.rpartition("/")[2].removesuffix(".parquet") for file in storage.list_files(source)])
+    work = work.filter(pc.and_(pc.is_in(work["name"], stored), pc.invert(work["retry"])))
+    summary = Summary()
+    if len(work):
+        left = sum(plan.size(batch, config.rollouts.batch_size) for batch in work["batch"].to_pylist())
+        rows = _dataset(work).map_batches(
+            StoredResponses(config, plan, source).__call__, batch_size=None, batch_format="pyarrow", num_cpus=0.25
         )
-        .map_batches(
-            RewardScorer,
-            fn_constructor_args=(config, value is not None),
-            compute=ray.data.ActorPoolStrategy(size=config.resources.reward_actors),
-            batch_size=None,
-            batch_format="pyarrow",
-            num_cpus=0.5 / config.resources.reward_actors,
-            num_gpus=config.resources.gpus_per_reward_actor,
-        )
-        .map_batches(Committer(location).__call__, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
-    )
-    with Tracker(title, left) as tracker:
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            _count(summary, block)
-            summary.seconds = tracker.elapsed
-            failed = sum(summary.errors.values())
-            note = f"{summary.tokens_per_s:.0f} tokens/s" + (f", {failed} errors" if failed else "")
-            tracker.advance(block.num_rows, note)
+        _commit_all(rows, config, location, Tracker(title, left), summary, guided=False)
     return summary
 
 
-def _count(summary: Summary, block: pa.Table) -> None:
-    summary.rows += block.num_rows
-    summary.sampled += block.num_rows
-    summary.tokens += sum(block["tokens"].to_pylist())
-    for error in block["error"].to_pylist():
-        if error is not None:
-            kind = error.splitlines()[0]
-            summary.errors[kind] = summary.errors.get(kind, 0) + 1
+def _sampled(
+    config: RunConfig, plans: list[Plan], location: str, value: str | None, work: pa.Table, summary: Summary
+) -> ray.data.Dataset:
+    """Rows of ROW_SCHEMA from a table of WORK_SCHEMA, sampled by a pool of actors."""
+    smallest, largest = sampler_pool(config.resources, len(work))
+    summary.actors = smallest
+    return _dataset(work).map_batches(
+        Sampler,
+        fn_constructor_args=(config, plans, location, value),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=smallest,
+            max_size=largest,
+            max_tasks_in_flight_per_actor=CALLS + 1,
+            max_concurrent_calls_per_actor=CALLS,
+            enable_true_multi_threading=True,
+        ),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=config.resources.cpus_per_actor,
+        num_gpus=config.resources.gpus_per_actor,
+    )
+
+
+def _dataset(work: pa.Table) -> ray.data.Dataset:
+    """A block a batch."""
+    return ray.data.from_arrow([work.slice(row, 1) for row in range(len(work))])
+
+
+def _commit_all(
+    rows: ray.data.Dataset, config: RunConfig, location: str, tracker: Tracker, summary: Summary, guided: bool
+) -> None:
+    """Score rows of ROW_SCHEMA and commit them, a file a batch, with progress."""
+    resources = config.resources
+    dataset = rows.map_batches(
+        RewardScorer,
+        fn_constructor_args=(config, guided),
+        compute=ray.data.ActorPoolStrategy(size=resources.reward_actors),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0.5 / resources.reward_actors,
+        num_gpus=resources.gpus_per_reward_actor,
+    ).map_batches(Committer(location, config.name).__call__, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+    earlier = summary.seconds
+    with tracker:
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            count = summary.add(block)
+            summary.seconds = earlier + tracker.elapsed
+            tracker.advance(count, summary.note())

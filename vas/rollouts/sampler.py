@@ -1,90 +1,152 @@
-"""The sampler: an actor that holds the models and turns jobs into rows."""
+"""The sampler: an actor that holds a sampling engine and turns batches of a plan into rows."""
 
 from __future__ import annotations
 
 import json
-import time
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from vas import schema
 from vas.config import RunConfig
+from vas.digests import digest
 from vas.errors import VasError
+from vas.rollouts import stored
+from vas.rollouts.engines.interface import EngineDied, SamplingEngine
+from vas.rollouts.plan import Job, Plan
 
 if TYPE_CHECKING:  # torch loads in the actors, not in the driver
-    from vas.decoding.engine import Engine
-    from vas.models.base import BaseModel
+    from vas.decoding.sequence import Completion, Request
+
+logger = logging.getLogger(__name__)
+
+# what travels with a row until it is committed
+COMPANY = pa.schema(
+    [
+        ("batch", pa.string()),
+        ("retry", pa.bool_()),
+        ("tokens", pa.int32()),  # sampled for the row here, roll-in and prefix left out
+        ("peak_share", pa.float32()),
+    ]
+)
+# with the prompt, for the rewards to read
+ROW_SCHEMA = pa.schema([*schema.rollout_schema([], guided=True), *schema.PROMPT_SCHEMA.remove(3).remove(0), *COMPANY])
 
 
 class Sampler:
-    """A Ray Data actor: base model and, when guided, a value model, behind one decoding engine.
+    """A Ray Data actor around one engine. Several calls run in it at once, and share its steps.
 
-    A job that cannot be decoded becomes rows with `error` set; it never stops the others.
+    A response that cannot be sampled becomes a row with `error` set; it never stops the others. An engine
+    that is past saving takes the process with it: Ray starts another, and gives it the work.
     """
 
-    def __init__(self, config: RunConfig, value: str | None = None) -> None:
-        self._config, self._value = config, value
-        # the prompt travels on with the row, for the rewards to read
-        self._schema = pa.schema([*schema.rollout_schema([], guided=True), *schema.PROMPT_SCHEMA.remove(3).remove(0)])
+    def __init__(self, config: RunConfig, plans: Sequence[Plan], location: str, value: str | None = None) -> None:
+        self._config, self._plans, self._location, self._value = config, plans, location, value
+        self._loading = threading.Lock()
+        self._loaded: SamplingEngine | None = None
 
-    @cached_property
-    def _base(self) -> BaseModel:
-        """Loaded by the first batch: an error in an actor's constructor would not reach the user."""
-        from vas.models.base import load_base, set_threads
+    @property
+    def _engine(self) -> SamplingEngine:
+        """Made by the first batch: an error in an actor's constructor would not reach the user."""
+        from vas.rollouts.engines import make_engine
 
-        set_threads(self._config.resources.cpus_per_actor)
-        return load_base(self._config.base, "cuda" if self._config.resources.gpus_per_actor else "cpu")
+        with self._loading:
+            if self._loaded is None:
+                self._loaded = make_engine(self._config, self._value)
+            return self._loaded
 
-    @cached_property
-    def _engine(self) -> Engine:
-        from vas.decoding.engine import Engine
-        from vas.decoding.scorer import make_scorer
-        from vas.models.value import ValueModel, check_tokenizers
+    def __call__(self, work: pa.Table) -> pa.Table:
+        """Sample the batches of WORK_SCHEMA's rows; rows without rewards."""
+        rows: list[dict[str, Any]] = []
+        for task in work.to_pylist():
+            jobs = self._plans[task["plan"]].batch(task["batch"], self._config.rollouts.batch_size)
+            if task["retry"]:
+                good = set(stored.good_rows(self._location, task["name"])["rollout_id"].to_pylist())
+                jobs = [job for job in jobs if job.rollout_id not in good]
+            about = {"batch": task["name"], "retry": task["retry"]}
+            rows += [row | about for row in self.sample(jobs)]
+        return pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
 
-        scorers = []
-        if self._value is not None:
-            model = ValueModel.load(self._value, self._base.model.device)
-            check_tokenizers(model, self._base.name, self._base.tokenizer_digest)
-            scorers.append(make_scorer(self._config.value.name, model, self._config.base.linears, free=True))
-        return Engine(
-            self._base,
-            scorers,
-            max_sequences=self._config.rollouts.batch_size,
-            kv_tokens=self._config.resources.kv_tokens,
-            linears=self._config.base.linears,
-            free=True,
-        )
-
-    def __call__(self, jobs: pa.Table) -> pa.Table:
-        """Sample every response of the jobs; rows without rewards, in the jobs' order."""
-        started = time.monotonic()
-        rows: dict[str, dict[str, Any]] = {}
-        requests = []
-        for job in jobs.to_pylist():
-            for position, identity in enumerate(job["rollout_id"]):
-                rows[identity], request = self._prepare(job, position)
-                if request is not None:
-                    requests.append(request)
-        for done in self._engine.generate(requests):
-            row = rows[done.request_id]
-            prefix = row["response_token_ids"]
-            row |= {
-                "response_token_ids": prefix + done.token_ids,
-                "response_text": self._text(prefix + done.token_ids) if prefix else done.text,
-                "logprobs": done.logprobs,
-                "finish_reason": done.finish_reason,
-                "guided_logprobs": done.guided_logprobs,
-                "kl": done.kl,
-                "base_positions": done.base_positions,
-                "value_positions": sum(done.value_positions.values()),
+    def sample(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """A row for each job, in order, without rewards."""
+        drafts = [self._draft(job) for job in jobs]
+        for draft, roll_in in self._decode([d for d in drafts if d.sound and d.roll_in_tokens], self._roll_in):
+            draft.begin(roll_in)
+        for draft, response in self._decode([d for d in drafts if d.sound], self._response):
+            tokens = draft.prefix + response.token_ids
+            draft.row |= {
+                "response_token_ids": tokens,
+                "response_text": self._text(tokens) if draft.prefix else response.text,
+                "logprobs": response.logprobs,
+                "finish_reason": response.finish_reason,
+                "guided_logprobs": response.guided_logprobs,
+                "kl": response.kl,
+                "base_positions": response.base_positions,
+                "value_positions": sum(response.value_positions.values()),
+                "tokens": len(response.token_ids),
             }
-        seconds = (time.monotonic() - started) / max(len(rows), 1)
-        for row in rows.values():
-            row["decode_seconds"] = seconds
-        return pa.Table.from_pylist(list(rows.values()), schema=self._schema)
+        return [draft.row | {"peak_share": self._engine.peak_share} for draft in drafts]
+
+    def _draft(self, job: Job) -> _Draft:
+        """A response with its prompt encoded; a chat template may raise anything."""
+        from vas.models.base import encode_prompt
+
+        draft = _Draft(job, self._engine, self._config.rollouts.sampling.max_tokens)
+        try:
+            draft.row["prompt_token_ids"] = encode_prompt(self._engine.tokenizer, job.prompt)
+        except Exception as error:
+            draft.fail(error)
+        return draft
+
+    def _decode(
+        self, drafts: Sequence[_Draft], request_of: Callable[[_Draft], Request]
+    ) -> Iterator[tuple[_Draft, Completion]]:
+        """Decode a request for each draft; what can't be decoded fails alone."""
+        requests: list[tuple[_Draft, Request]] = []
+        for draft in drafts:
+            try:
+                request = request_of(draft)
+                self._engine.check(request)
+                requests.append((draft, request))
+            except VasError as error:
+                draft.fail(error)
+        try:
+            outcomes = self._engine.generate([request for _, request in requests])
+        except EngineDied as death:
+            logger.error("the engine died, and this actor with it: %s", death)
+            os._exit(1)
+        for (draft, _), outcome in zip(requests, outcomes, strict=True):
+            if isinstance(outcome, VasError):
+                draft.fail(outcome)
+            else:
+                draft.row["decode_seconds"] += outcome.seconds
+                yield draft, outcome
+
+    def _roll_in(self, draft: _Draft) -> Request:
+        """The guided beginning of a response."""
+        roll_in = draft.job.roll_in
+        assert roll_in is not None
+        return self._request(draft, roll_in.setting, roll_in.seed, draft.roll_in_tokens)
+
+    def _response(self, draft: _Draft) -> Request:
+        """What comes after the prompt and the response's beginning."""
+        room = self._config.rollouts.sampling.max_tokens - len(draft.prefix)
+        return self._request(draft, draft.job.setting, draft.seed, room)
+
+    def _request(self, draft: _Draft, setting: str, seed: int, max_tokens: int) -> Request:
+        from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
+
+        return Request(
+            draft.job.rollout_id,
+            (*draft.row["prompt_token_ids"], *draft.prefix),
+            replace(SamplingParams.of(self._config.rollouts.sampling, seed), max_tokens=max_tokens),
+            GuidanceParams.of(self._config.evaluation, json.loads(setting)),
+        )
 
     def _text(self, tokens: list[int]) -> str:
         """The text of a whole response: that of its parts, joined, would have other spaces, and torn characters.
@@ -93,46 +155,53 @@ class Sampler:
         """
         from vas.decoding.detokenizer import Detokenizer
 
-        text = Detokenizer(self._base.tokenizer, tuple(self._config.rollouts.sampling.stop))
+        text = Detokenizer(self._engine.tokenizer, tuple(self._config.rollouts.sampling.stop))
         return "".join(text.push(token) for token in (*tokens, None))
 
-    def _prepare(self, job: dict[str, Any], position: int) -> tuple[dict[str, Any], Any]:
-        """The row of one response, with its prefix alone, and the request that fills it (None if it can't be made)."""
-        from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
-        from vas.models.base import encode_prompt
 
-        prompt, prefix = schema.Prompt.from_row(job), job["prefix_token_ids"][position]
-        row = {
-            "rollout_id": job["rollout_id"][position],
-            "prompt_id": prompt.prompt_id,
-            "sample_index": job["sample_index"][position],
-            "round": job["round"],
+class _Draft:
+    """A response under way, and the row that it becomes."""
+
+    def __init__(self, job: Job, engine: SamplingEngine, longest: int) -> None:
+        self.job, self.prefix, self.seed = job, list(job.prefix), job.seed
+        self.roll_in_tokens = int(job.roll_in.share * longest) if job.roll_in else 0
+        self.row: dict[str, Any] = {
+            "rollout_id": job.rollout_id,
+            "prompt_id": job.prompt.prompt_id,
+            "sample_index": job.sample_index,
+            "round": job.round,
             "prompt_token_ids": [],
-            "response_token_ids": prefix,
+            "response_token_ids": self.prefix,
             "response_text": "",
             "logprobs": [],
             "finish_reason": "error",
-            "base_model": self._base.name,
-            "tokenizer_digest": self._base.tokenizer_digest,
-            "held_out": prompt.held_out,
+            "base_model": engine.name,
+            "tokenizer_digest": engine.tokenizer_digest,
+            "held_out": job.prompt.held_out,
             "error": None,
-            "roll_in_length": len(prefix),
-            "setting": job["setting"],
-            "messages": job["messages"],
-            "text": job["text"],
+            "roll_in_length": len(self.prefix),
+            "setting": job.setting,
+            "decode_seconds": 0.0,
+            "messages": list(job.prompt.messages),
+            "text": job.prompt.text,
+            "tokens": 0,
         }
-        try:
-            tokens = encode_prompt(self._base.tokenizer, prompt)
-            row["prompt_token_ids"] = tokens
-            sampling = SamplingParams.of(self._config.rollouts.sampling, job["seed"][position])
-            request = Request(
-                row["rollout_id"],
-                (*tokens, *prefix),
-                replace(sampling, max_tokens=sampling.max_tokens - len(prefix)),
-                GuidanceParams.of(self._config.evaluation, json.loads(job["setting"])),
-            )
-            self._engine.check(request)
-            return row, request
-        except Exception as error:  # a chat template may raise anything
-            row["error"] = str(error) if isinstance(error, VasError) else f"{type(error).__name__}: {error}"
-            return row, None
+
+    @property
+    def sound(self) -> bool:
+        """False once it failed."""
+        return self.row["error"] is None
+
+    def fail(self, error: Exception) -> None:
+        """Let its row say why there is no response."""
+        self.row["error"] = str(error) if isinstance(error, VasError) else f"{type(error).__name__}: {error}"
+
+    def begin(self, roll_in: Completion) -> None:
+        """Go on from what the guided policy wrote; from within it, if it ended the response itself."""
+        assert self.job.roll_in is not None
+        written = roll_in.token_ids
+        if roll_in.finish_reason == "stop":
+            written = written[: int(self.job.roll_in.share * len(written))]
+        self.prefix = written
+        self.seed = schema.rollout_seed(digest(self.job.rollout_id, "after roll-in", *written))
+        self.row |= {"response_token_ids": written, "roll_in_length": len(written)}

@@ -16,6 +16,7 @@ import vas
 from vas import storage
 from vas.config import RunConfig, override, parse_config
 from vas.errors import VasError, nearest
+from vas.run import lock
 
 VERSIONS_OF = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
 
@@ -26,8 +27,11 @@ class RunDirectory:
     run.json  prompts/  rollouts/round=0/  value/NAME/  train/  evaluation/
     """
 
-    def __init__(self, location: str, config: RunConfig, record: dict[str, Any]) -> None:
-        self.location, self.config, self._record = location, config, record
+    def __init__(self, location: str, config: RunConfig, record: dict[str, Any], version: str | None = None) -> None:
+        """version: what `storage` calls the run.json that the record was read from; None if it was not."""
+        self.location, self.config, self._record, self._version = location, config, record, version
+        self._lock: lock.FileLock | lock.Lease | None = None
+        self._depth = 0  # of `held` blocks
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDirectory:
@@ -36,21 +40,28 @@ class RunDirectory:
         Raises VasError if the directory holds a run of another config, or cannot be written.
         """
         location = storage.absolute(storage.join(config.runs_dir, config.name))
-        if storage.exists(storage.join(location, "run.json")):
-            run = cls.open(location)
-            if any(map(run.done, run._record["stages"])):  # else a first attempt's mistake would lock the name
-                run._adopt(config)
-                return run
-        record = {
-            "config": config.model_dump(mode="json"),
-            "digest": config.digest(),
-            "created": _now(),
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "stages": {},
-        }
-        run = cls(location, config, record)
-        run._save()
+        new = cls(
+            location,
+            config,
+            {
+                "config": config.model_dump(mode="json"),
+                "digest": config.digest(),
+                "created": _now(),
+                "git_revision": git_revision(),
+                "versions": versions(),
+                "stages": {},
+            },
+        )
+        fresh = not storage.exists(new.path("run.json"))
+        if fresh and new._begin():
+            return new
+        run = cls.open(location)  # if `fresh`, another process began it at this moment
+        if not fresh and not run._finished_any():
+            with run.held():
+                if not run._finished_any():  # else a first attempt's mistake would lock the name
+                    run.config, run._record = config, new._record
+                    run._save()
+        run._adopt(config)
         return run
 
     @classmethod
@@ -58,7 +69,8 @@ class RunDirectory:
         """Open a run that exists. Raises VasError if there is none, or an override makes it another run."""
         location = storage.absolute(location)
         file = storage.join(location, "run.json")
-        if not storage.exists(file):
+        found = storage.read_version(file)
+        if found is None:
             folder = Path(location).parent
             names = [p.parent.name for p in folder.glob("*/run.json")] if not storage.is_remote(location) else []
             raise VasError(
@@ -67,13 +79,13 @@ class RunDirectory:
                 nearest(Path(location).name, names) if names else "`vas run CONFIG` makes one",
             )
         try:
-            record = json.loads(storage.read_bytes(file))
+            record = json.loads(found[0])
             config = parse_config(record["config"], file)
             record["digest"], record["stages"]  # the rest of the code relies on them
         except (ValueError, KeyError, TypeError) as error:
             mend = "restore the file, or remove the directory"
             raise VasError(f"run.json is damaged: {type(error).__name__}: {error}", file, mend) from None
-        run = cls(location.rstrip("/"), config, record)
+        run = cls(location.rstrip("/"), config, record, found[1])
         if overrides:
             run._adopt(parse_config(override(config.model_dump(mode="json"), overrides), file))
         return run
@@ -118,26 +130,63 @@ class RunDirectory:
         return {name: entry["seconds"] for name, entry in self._record["stages"].items() if "seconds" in entry}
 
     @contextmanager
+    def held(self) -> Iterator[None]:
+        """Work on the run, alone: no other process does while the block lasts. Such blocks may lie inside each other.
+
+        Raises VasError if another process works on the run, if it is another config's by now, and at the end of the
+        block if another process took it over. Who only reads need not hold it.
+        """
+        with lock.hold(self.location) as self._lock:
+            self._depth += 1
+            try:
+                if self._depth == 1:  # others may have worked on it since it was opened
+                    now = RunDirectory.open(self.location)
+                    now._adopt(self.config)
+                    self._record, self._version = now._record, now._version
+                yield
+            finally:
+                self._depth -= 1
+
+    @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Run a stage: its entry in run.json says `running`, then `done` with what the block put in.
 
-        A failure or interruption leaves `interrupted`, and the next run goes on.
+        A failure or interruption leaves `interrupted`, and the next run goes on. The run is held meanwhile.
         """
-        entry: dict[str, Any] = {"state": "running", "started": _now()}
-        self._record["stages"][name] = entry
-        self._save()
-        began = time.monotonic()
-        try:
-            yield entry
-        except BaseException:
-            entry["state"] = "interrupted"
+        with self.held():
+            entry: dict[str, Any] = {"state": "running", "started": _now()}
+            self._record["stages"][name] = entry
             self._save()
-            raise
-        entry |= {"state": "done", "seconds": round(time.monotonic() - began, 1), "finished": _now()}
-        self._save()
+            began = time.monotonic()
+            try:
+                yield entry
+            except BaseException:
+                entry["state"] = "interrupted"
+                self._save()
+                raise
+            entry |= {"state": "done", "seconds": round(time.monotonic() - began, 1), "finished": _now()}
+            self._save()
+
+    def _finished_any(self) -> bool:
+        return any(map(self.done, self._record["stages"]))
+
+    def _begin(self) -> bool:
+        """Write the first run.json; False if there is one by now."""
+        self._version = storage.write_new(self.path("run.json"), self._content())
+        return self._version is not None
 
     def _save(self) -> None:
-        storage.write_bytes(self.path("run.json"), json.dumps(self._record, indent=2).encode())
+        """Write run.json. Raises VasError if another process took the run over."""
+        if isinstance(self._lock, lock.Lease):
+            self._lock.check()
+        assert self._version is not None
+        version = storage.write_over(self.path("run.json"), self._content(), self._version)
+        if version is None:
+            raise lock.taken_over(self.location)
+        self._version = version
+
+    def _content(self) -> bytes:
+        return json.dumps(self._record, indent=2).encode()
 
 
 def versions() -> dict[str, str]:

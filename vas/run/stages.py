@@ -1,26 +1,26 @@
-"""The stages of a run: prompts → rollouts → train → evaluate. Finished ones are skipped."""
+"""The stages of a run: prompts → rollouts → train → evaluate. Finished ones are skipped.
+
+With several rounds, rollouts and training take turns; the last round's stages have the plain names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 from vas import storage
 from vas.config import RunConfig
 from vas.errors import VasError
 from vas.progress import console
-from vas.prompts import load_prompts, prompts_from_table, prompts_to_table
+from vas.prompts import StoredPrompts, store_prompts, stream_prompts
 from vas.rewards import load_rewards
 from vas.run.directory import RunDirectory, versions
 from vas.schema import Prompt
 
 
-def check(config: RunConfig) -> list[Prompt]:
-    """Find what would stop a run before it starts; returns the prompts.
-
-    Raises VasError for what cannot be read or loaded.
-    """
-    prompts = load_prompts(config.prompts)
+def check(config: RunConfig) -> None:
+    """Find what would stop a run before it starts, but for the prompts. Raises VasError for what cannot be loaded."""
     load_rewards(config.rewards)
 
     from transformers import AutoConfig  # slow to import, so after what may fail at once
@@ -43,34 +43,76 @@ def check(config: RunConfig) -> list[Prompt]:
             f"value.backbone: {source}, base.model: {config.base.model}",
             "use a backbone that shares the base model's tokenizer, such as its smaller sibling",
         )
-    return prompts
 
 
-def prepare(run: RunDirectory) -> list[Prompt]:
+def prepare(run: RunDirectory) -> StoredPrompts:
     """The run's prompts, as it first read them."""
     file = run.path("prompts", "prompts.parquet")
     if run.done("prompts"):
-        return prompts_from_table(storage.read_table([file]))
+        return StoredPrompts(file)
     with run.stage("prompts") as about:
-        prompts = check(run.config)
-        storage.write_table(file, prompts_to_table(prompts))
-        about["train"] = sum(not p.held_out for p in prompts)
-        about["held_out"] = sum(p.held_out for p in prompts)
+        check(run.config)
+        counts = {True: 0, False: 0}
+
+        def counted() -> Iterator[Prompt]:
+            for prompt in stream_prompts(run.config.prompts):
+                counts[prompt.held_out] += 1
+                yield prompt
+
+        prompts = store_prompts(file, counted())
+        about |= {"train": counts[False], "held_out": counts[True]}
     console.print(f"prompts      {about['train']} to train on, {about['held_out']} held out", highlight=False)
     return prompts
 
 
-def rollout(run: RunDirectory) -> None:
-    """Sample and score the base model's rollouts, for both sides of the split."""
-    from vas.rollouts.jobs import Plan
-    from vas.rollouts.pipeline import sample
+def rollout(run: RunDirectory, source: str | None = None) -> None:
+    """Sample and score rollouts, for both sides of the split: every round whose value model is there.
 
-    prompts = prepare(run)
+    source: a run whose responses are taken over and scored with this run's rewards; only what it lacks is sampled.
+    Raises VasError if its responses are not those that this run would sample.
+    """
+    if source is not None:
+        _check_source(run.config, source)
+    prepare(run)
+    for number in range(run.config.rounds):
+        if number and not run.done(_name("train", run, number - 1)):
+            console.print(
+                f"round {number} begins with a value model: `vas train {run.location}` first", highlight=False
+            )
+            return
+        _rollout(run, number, source)
+
+
+def _check_source(config: RunConfig, source: str) -> None:
+    """Raises VasError if the run at `source` samples other responses than the config does."""
+    theirs = RunDirectory.open(source).config
+    parts = ("base", "prompts", "rollouts", "seed")
+    differ = [part for part in parts if getattr(theirs, part) != getattr(config, part)]
+    if differ:
+        raise VasError(
+            f"that run's responses are not this config's: {', '.join(differ)} differ",
+            source,
+            "let the two configs differ in rewards, value, train and evaluation alone",
+        )
+
+
+def _rollout(run: RunDirectory, number: int, source: str | None = None) -> None:
+    """One round: π0's own rollouts, or such as begin under the guidance of the round before."""
+    from vas.rollouts.pipeline import rescore, sample
+    from vas.rollouts.plan import Plan, setting_key
+
+    prompts, config = prepare(run), run.config
+    location = run.path("rollouts", f"round={number}")
+    roll_in = [setting_key(strengths) for strengths in config.roll_in()] if number else []
 
     def body(about: dict) -> str:
-        plan = Plan(prompts, run.config.rollouts.samples_per_prompt, run.config.seed)
-        summary = sample(run.config, [plan], run.rollouts, "rollouts")
-        _refuse_empty(summary.rows, summary.errors, run.rollouts)
+        plan = Plan(prompts, config.rollouts.samples_per_prompt, config.seed, number, roll_in=roll_in)
+        value = _value(run, number - 1) if number else None
+        if source is not None and not number:
+            rescore(config, plan, storage.join(source, "rollouts", "round=0"), location, "scoring")
+        summary = sample(config, [plan], location, _name("rollouts", run, number), value)
+        _refuse_empty(summary.rows, summary.errors, location)
+        _summarize(run, number, location)
         about |= {
             "rows": summary.rows,
             "errors": summary.errors,
@@ -80,23 +122,49 @@ def rollout(run: RunDirectory) -> None:
         rate = f", {summary.tokens_per_s:.0f} tokens/s" if summary.sampled else ", all of them there already"
         return f"{summary.rows} rollouts{failed}{rate}"
 
-    _stage(run, "rollouts", body)
+    _stage(run, _name("rollouts", run, number), body)
+
+
+def _summarize(run: RunDirectory, number: int, location: str) -> None:
+    """Put the round into rollouts/summary.json, and draw it."""
+    from vas.evaluation.figures_rollouts import draw
+    from vas.rollouts.summary import summarize
+
+    file = run.path("rollouts", "summary.json")
+    rounds = json.loads(storage.read_bytes(file)) if storage.exists(file) else {}
+    rounds[f"round={number}"] = summarize(location, run.config.rewards)
+    storage.write_bytes(file, json.dumps(rounds, indent=2).encode())
+    storage.write_bytes(run.path("rollouts", f"round={number}.png"), draw(rounds[f"round={number}"]))
 
 
 def train(run: RunDirectory) -> None:
-    """Fit the value model to the rollouts."""
-    if not run.done("rollouts"):
-        raise VasError("the rollouts are not finished", run.location, f"vas rollout {run.location}")
+    """Fit the value model to the rollouts: of every round that has them."""
+    for number in range(run.config.rounds):
+        if not run.done(_name("rollouts", run, number)):
+            raise VasError(
+                f"the rollouts of round {number} are not finished", run.location, f"vas rollout {run.location}"
+            )
+        fresh = not run.done(_name("train", run, number))
+        _train(run, number)
+        if fresh and not _last(run, number):
+            console.print(f"round {number + 1} follows: `vas rollout {run.location}`", highlight=False)
+            return
+
+
+def _train(run: RunDirectory, number: int) -> None:
+    """Fit a value model to the rollouts of all rounds up to this one."""
     from vas.training.trainer import train as fit
 
     def body(about: dict) -> str:
-        metrics = fit(run.config, run.rollouts, run.path("train"), run.value)
+        rounds = [run.path("rollouts", f"round={earlier}") for earlier in range(number + 1)]
+        place = run.path("train") if _last(run, number) else run.path("train", f"round={number}")
+        metrics = fit(run.config, rounds, place, _value(run, number))
         explained = {name: m["explained_variance"] for name, m in metrics["held_out"].items()}
         losses = metrics["losses"]
         about |= {"epoch": metrics["epoch"], "loss": sum(losses) / len(losses), "explained_variance": explained}
         return "explained variance on held-out prompts: " + ", ".join(f"{n} {v:.2f}" for n, v in explained.items())
 
-    _stage(run, "train", body)
+    _stage(run, _name("train", run, number), body)
 
 
 def evaluate(run: RunDirectory) -> None:
@@ -108,13 +176,13 @@ def evaluate(run: RunDirectory) -> None:
 
     def body(about: dict) -> str:
         inputs = Inputs(run.rollouts, run.value, run.path("evaluation"), run.seconds(), _about(run), run.revision)
-        compare(run.config, prepare(run), inputs)
+        compare(run.config, (prompt for prompt in prepare(run) if prompt.held_out), inputs)
         return f"report: {run.path('evaluation', 'report.html')}"
 
     _stage(run, "evaluate", body)
 
 
-STAGES: dict[str, Callable[[RunDirectory], None]] = {
+STAGES: dict[str, Callable[..., None]] = {
     "rollouts": rollout,
     "train": train,
     "evaluate": evaluate,
@@ -127,9 +195,29 @@ def run_all(run: RunDirectory) -> None:
 
     prepare(run)
     finished = all(run.done(name) for name in STAGES)
-    with nullcontext() if finished else ray_cluster(run.config.resources):
-        for stage in STAGES.values():
-            stage(run)
+    if finished:  # nothing is written, so nobody is kept from working on it
+        alone = cluster = nullcontext()
+    else:
+        alone, cluster = run.held(), ray_cluster(run.config.resources)
+    with alone, cluster:
+        for number in range(run.config.rounds):
+            _rollout(run, number)
+            _train(run, number)
+        evaluate(run)
+
+
+def _last(run: RunDirectory, number: int) -> bool:
+    return number == run.config.rounds - 1
+
+
+def _name(stage: str, run: RunDirectory, number: int) -> str:
+    """What a round's stage is called in run.json."""
+    return stage if _last(run, number) else f"{stage} {number}"
+
+
+def _value(run: RunDirectory, number: int) -> str:
+    """Where the value model of a round lies."""
+    return run.value if _last(run, number) else f"{run.value}-round={number}"
 
 
 def _stage(run: RunDirectory, name: str, body: Callable[[dict], str]) -> None:
@@ -146,7 +234,9 @@ def _stage(run: RunDirectory, name: str, body: Callable[[dict], str]) -> None:
 
 def _about(run: RunDirectory) -> dict[str, str]:
     """What the report says of the run."""
-    prompts, rollouts = run.about("prompts"), run.about("rollouts")
+    prompts = run.about("prompts")
+    rounds = [run.about(_name("rollouts", run, number)) for number in range(run.config.rounds)]
+    rows, failed = sum(each["rows"] for each in rounds), sum(sum(each["errors"].values()) for each in rounds)
     value = run.config.value
     return {
         "run": run.config.name,
@@ -155,7 +245,7 @@ def _about(run: RunDirectory) -> dict[str, str]:
         + (f"first {value.layers} layers" if value.layers else "all layers")
         + f", {value.head} head",
         "prompts": f"{prompts['train']} to train on, {prompts['held_out']} held out",
-        "rollouts": f"{rollouts['rows']}, {sum(rollouts['errors'].values())} of them failed",
+        "rollouts": f"{rows}, {failed} of them failed" + (f", in {len(rounds)} rounds" if len(rounds) > 1 else ""),
         "seed": str(run.config.seed),
         "git revision": run.revision,
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),

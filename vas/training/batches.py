@@ -37,7 +37,7 @@ class Batch:
     last_N: Tensor
     """Index of each response's final state: its length."""
     trained_NS: Tensor
-    """True for states that have a target: all, but the last one of a response that was cut off."""
+    """True for states that have a target: all from where π0 took over, but the last of a response that was cut off."""
     rewards_NJ: Tensor
     tokens: int
     """Real tokens in the batch."""
@@ -80,7 +80,9 @@ def collate(rows: list[dict[str, Any]], trained: bool = True) -> Batch:
             last.append(len(response))
             start = end
     ended = np.array([each for row in rows for each in row["ended"]], dtype=bool)
-    until = np.array(last) - ~ended  # a response that was cut has no terminal state
+    state_S = np.arange(longest + 1)
+    since_N1 = np.array([each for row in rows for each in row["first"]])[:, None]
+    until_N1 = (np.array(last) - ~ended)[:, None]  # a response that was cut has no terminal state
     return Batch(
         input_ids_BT=torch.from_numpy(input_ids),
         position_ids_BT=torch.from_numpy(positions),
@@ -88,7 +90,7 @@ def collate(rows: list[dict[str, Any]], trained: bool = True) -> Batch:
         row_N=torch.tensor(row_of),
         state_NS=torch.from_numpy(np.stack(states)),
         last_N=torch.tensor(last),
-        trained_NS=torch.from_numpy((np.arange(longest + 1) <= until[:, None]) & trained),
+        trained_NS=torch.from_numpy((state_S >= since_N1) & (state_S <= until_N1) & trained),
         rewards_NJ=torch.tensor([reward for row in rows for reward in row["rewards"]], dtype=torch.float32),
         tokens=sum(widths),
     )

@@ -27,10 +27,14 @@ PACKED_SCHEMA = pa.schema(
         ("responses", pa.list_(pa.list_(pa.int32()))),
         ("rewards", pa.list_(pa.list_(pa.float32()))),  # responses × objectives
         ("ended", pa.list_(pa.bool_())),  # the response ended itself, so its last state is terminal
+        ("first", pa.list_(pa.int32())),  # state that π0 took over at: those before have no target of π0's
     ]
 )
 INDEX = "index.parquet"  # written last: a row a packed row, with `file`, `tokens`, `states`
-COLUMNS = ["prompt_id", "prompt_token_ids", "response_token_ids", "finish_reason", "error", "held_out", "rewards"]
+COLUMNS = [
+    *("prompt_id", "prompt_token_ids", "response_token_ids", "finish_reason", "error", "held_out", "rewards"),
+    "roll_in_length",
+]
 
 
 def pack_all(files: list[str], rows: list[int], objectives: list[str], location: str) -> dict[str, str]:
@@ -39,7 +43,7 @@ def pack_all(files: list[str], rows: list[int], objectives: list[str], location:
     rows: rollouts in each of the files. What is packed already, from the same files for the same objectives,
     is not packed again: the locations are named after them.
     """
-    target = storage.join(location, digest("packed", *objectives, *sorted(files)))
+    target = storage.join(location, digest("packed since", *objectives, *sorted(files)))
     sides = {side: storage.join(target, side) for side in ("train", "held_out")}
     if storage.exists(storage.join(sides["held_out"], INDEX)):
         return sides
@@ -93,7 +97,8 @@ def lengths(packed: pa.Table) -> tuple[list[int], list[int]]:
     for row in packed.to_pylist():
         written = sum(map(len, row["responses"]))
         tokens.append(len(row["prompt"]) + written)
-        states.append(written + sum(row["ended"]))  # the prompt's end counts, a cut response's last state doesn't
+        # the prompt's end counts, a cut response's last state doesn't
+        states.append(written + sum(row["ended"]) - sum(row["first"]))
     return tokens, states
 
 
@@ -113,6 +118,7 @@ def pack(table: pa.Table, objectives: list[str]) -> pa.Table:
                 "responses": [],
                 "rewards": [],
                 "ended": [],
+                "first": [],
                 "size": 0,
             }
             group["size"] = len(group["prompt"])
@@ -120,5 +126,6 @@ def pack(table: pa.Table, objectives: list[str]) -> pa.Table:
         group["responses"].append(row["response_token_ids"])
         group["rewards"].append([row["rewards"][name] for name in objectives])
         group["ended"].append(row["finish_reason"] == "stop")
+        group["first"].append(row["roll_in_length"] or 0)
         group["size"] += size
     return pa.Table.from_pylist(list(groups.values()), schema=PACKED_SCHEMA)

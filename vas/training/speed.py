@@ -8,10 +8,8 @@ import time
 import torch
 from torch import nn
 
+from vas.models.rates import product_rate
 from vas.training.data import Share
-
-SIZE = 2048
-SECONDS = 0.3
 
 
 class Speed:
@@ -39,19 +37,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large matrix product, measured here and now, with this worker's threads."""
-    a, b = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
-    torch.mm(a, b)
-    _wait(device)
-    started, runs = time.perf_counter(), 0
-    while time.perf_counter() - started < SECONDS:
-        torch.mm(a, b)
-        _wait(device)
-        runs += 1
-    return 2 * SIZE**3 * runs / (time.perf_counter() - started)
-
-
 def flops_per_token(backbone: nn.Module) -> float:
     """Of the backbone's products: 2 a weight forward, 2 for gradients that flow through it, 2 for its own gradient.
 
@@ -65,8 +50,3 @@ def flops_per_token(backbone: nn.Module) -> float:
 
 def _size(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor behind
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -30,16 +30,16 @@ from vas.training.packing import INDEX, pack_all
 MAX_FAILURES = 3  # workers that die of other than a machine taken away; those are not counted
 
 
-def train(config: RunConfig, rollouts: str, train_storage: str, output: str) -> dict[str, Any]:
-    """Fit a value model to the rollouts under `rollouts`; returns the best epoch's entry of the history.
+def train(config: RunConfig, rollouts: list[str], train_storage: str, output: str) -> dict[str, Any]:
+    """Fit a value model to the rollouts of some rounds; returns the best epoch's entry of the history.
 
-    rollouts, train_storage (packed rows, learning curves, Ray Train's own resume state) and output (the
-    checkpoint) are locations. A run that was interrupted goes on from its last checkpoint.
+    rollouts (the rounds' directories), train_storage (packed rows, learning curves, Ray Train's own resume state)
+    and output (the checkpoint) are locations. A run that was interrupted goes on from its last checkpoint.
     Raises VasError if there is nothing to learn from.
     """
     _check(config)
-    files = storage.list_files(rollouts, ".parquet")
-    tables = [storage.read_table([file], columns=["held_out", "error", "rewards"]) for file in files]
+    files = [file for each in rollouts for file in storage.list_files(each, ".parquet")]
+    tables = [storage.read_table([file], columns=["held_out", "error", "rewards", "round"]) for file in files]
     objectives = objective_statistics(config, pa.concat_tables(tables, promote_options="default"))
     resources = config.resources
     threads = worker_threads(resources)
@@ -103,7 +103,10 @@ def _check(config: RunConfig) -> None:
 
 
 def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, Any]]:
-    """Per objective: mean and std over the training rollouts, and the range of the standardised reward."""
+    """Per objective: mean and std over π0's training rollouts, and the range of the standardised reward, of all rounds.
+
+    Raises VasError if there is nothing to learn.
+    """
     good = table.filter(pc.and_(pc.is_null(table["error"]), pc.invert(table["held_out"])))
     if not good.num_rows:
         raise VasError(
@@ -114,8 +117,9 @@ def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, A
     found = []
     for name in config.rewards:
         rewards = np.array(pc.struct_field(good["rewards"], name).to_pylist(), dtype=np.float64)
-        mean, std = float(rewards.mean()), float(rewards.std())
-        if np.ptp(rewards) == 0:  # std of a constant may be 1e-17
+        own = rewards[np.array(good["round"].to_pylist()) == 0]  # later rounds begin under guidance
+        mean, std = float(own.mean()), float(own.std())
+        if np.ptp(own) == 0:  # std of a constant may be 1e-17
             raise VasError(
                 f"the reward '{name}' scores every rollout alike ({mean:.4g}): there is nothing to learn",
                 f"rewards.{name}",

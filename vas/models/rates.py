@@ -1,0 +1,28 @@
+"""What a device can do, measured here and now, to hold speeds against."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+SIZE = 2048
+SECONDS = 0.3
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product, with this process's threads."""
+    a, b = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    _wait(device)
+    started, runs = time.perf_counter(), 0
+    while time.perf_counter() - started < SECONDS:
+        torch.mm(a, b)
+        _wait(device)
+        runs += 1
+    return 2 * SIZE**3 * runs / (time.perf_counter() - started)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
