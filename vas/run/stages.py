@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 from vas import storage
 from vas.config import RunConfig
@@ -195,11 +195,10 @@ def run_all(run: RunDirectory) -> None:
 
     prepare(run)
     finished = all(run.done(name) for name in STAGES)
-    if finished:  # nothing is written, so nobody is kept from working on it
-        alone = cluster = nullcontext()
-    else:
-        alone, cluster = run.held(), ray_cluster(run.config.resources)
-    with alone, cluster:
+    with ExitStack() as stack:
+        if not finished:  # else nothing is written, and nobody need be kept from it
+            stack.enter_context(run.held())
+            stack.enter_context(ray_cluster(run.config.resources))
         for number in range(run.config.rounds):
             _rollout(run, number)
             _train(run, number)
