@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench lock clean
+.PHONY: help demo test lint format bench chaos-rollouts lock clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ bench-training: runs/bench/value/default/config.json  ## How fast value models a
 
 runs/bench/value/default/config.json: | $(VENV)/installed
 	$(BIN)/vas run configs/demo.yaml --set name=bench --set value.layers=10
+
+chaos-rollouts: $(VENV)/installed  ## Kill actors, machines and drivers while rollouts are sampled, ten times
+	VAS_CHAOS_SEEDS=10 $(BIN)/python -m pytest tests/cluster/test_chaos.py tests/test_s3_faults.py
 
 # a benchmark has the machine to itself: a short spin saves waking a thread for every operation
 bench-%: export GOMP_SPINCOUNT = 10000

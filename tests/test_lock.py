@@ -27,7 +27,7 @@ import sys
 from vas.run.directory import RunDirectory
 from vas.errors import VasError
 from vas.run import lease
-lease.LEASE_S, lease.RENEW_S = 2.0, 0.3
+lease.LEASE_S, lease.RENEW_S = float(sys.argv[2]), 0.3
 try:
     with RunDirectory.open(sys.argv[1]).stage("rollouts"):
         print("held", flush=True)
@@ -43,7 +43,7 @@ class Worker:
 
     def __init__(self, location: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, location],
+            [sys.executable, "-c", WORKER, location, str(lease.LEASE_S)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -101,9 +101,14 @@ def workers() -> Iterator:
 
 
 @pytest.fixture(autouse=True)
-def short_lease(monkeypatch):
-    monkeypatch.setattr(lease, "LEASE_S", 2.0)
+def renewed_often(monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.3)
+
+
+@pytest.fixture
+def short_lease(monkeypatch):
+    """For tests that wait until one has run out."""
+    monkeypatch.setattr(lease, "LEASE_S", 2.5)
 
 
 def test_of_two_one_works_and_the_other_is_told_who(runs_dir, workers):
@@ -136,15 +141,14 @@ def test_one_process_may_hold_a_run_twice(runs_dir):
     assert RunDirectory.open(run.location).done("prompts")
 
 
-def test_a_killed_holder_holds_nothing(runs_dir, workers):
+def test_a_killed_holder_holds_nothing(runs_dir, workers, capsys):
     run = RunDirectory.create(run_config(runs_dir))
     victim = workers(run.location)
     assert victim.says() == "held"
     victim.signal(signal.SIGKILL)
-    began = time.monotonic()
     with run.held():
         assert run.about("rollouts")["state"] == "running"
-    assert time.monotonic() - began < lease.LEASE_S, "it is known to have ended, so nobody waits"
+    assert "waiting" not in capsys.readouterr().err, "it is known to have ended"
 
 
 def test_a_run_that_is_begun_by_two_at_once_is_one_run(runs_dir):
@@ -194,7 +198,7 @@ def elsewhere(**changes) -> Holder:
     return Holder(**(vars(Holder.me()) | {"host": "elsewhere", "machine": "another", "pid": 1} | changes))
 
 
-def test_a_lease_from_elsewhere_is_taken_over_when_it_has_run_out(bucket, capsys):
+def test_a_lease_from_elsewhere_is_taken_over_when_it_has_run_out(bucket, capsys, short_lease):
     run = RunDirectory.create(run_config(bucket))
     storage.write_bytes(run.path("run.lock"), elsewhere().to_bytes())
     began = time.monotonic()
@@ -205,19 +209,18 @@ def test_a_lease_from_elsewhere_is_taken_over_when_it_has_run_out(bucket, capsys
     assert "elsewhere (process 1)" in said
     storage.write_bytes(run.path("run.lock"), elsewhere().to_bytes())
     time.sleep(lease.LEASE_S + 1.1)
-    began = time.monotonic()
     with run.held():
-        assert time.monotonic() - began < 1, "the server's clock says that it has run out"
+        assert "waiting" not in capsys.readouterr().err, "the server's clock says that it has run out"
 
 
-def test_of_two_that_would_take_over_one_does(bucket, workers):
+def test_of_two_that_would_take_over_one_does(bucket, workers, short_lease):
     run = RunDirectory.create(run_config(bucket))
     storage.write_bytes(run.path("run.lock"), elsewhere().to_bytes())
     both = [workers(run.location) for _ in range(2)]
     assert sorted(worker.says().split(":")[0] for worker in both) == ["held", "refused"]
 
 
-def test_who_was_away_too_long_stops_and_says_who_took_over(bucket, workers):
+def test_who_was_away_too_long_stops_and_says_who_took_over(bucket, workers, short_lease):
     run = RunDirectory.create(run_config(bucket))
     holder = workers(run.location)
     assert holder.says() == "held"
@@ -257,7 +260,7 @@ def test_run_json_is_not_written_over_anothers(bucket):
     assert storage.read_bytes(run.path("run.json")) == b"{}"
 
 
-def test_a_lease_outlasts_an_outage(server, bucket, monkeypatch):
+def test_a_lease_outlasts_an_outage(server, bucket, monkeypatch, short_lease):
     """A holder that cannot reach the server goes on, and still has its lease afterwards."""
     with s3_proxy(server, kinds=["reset_before", "slow_down"]) as proxy:
         for name, value in proxy.environment.items():

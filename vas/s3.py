@@ -48,9 +48,16 @@ def objects(hurried: bool = False) -> Objects:
     return _objects(environment(), hurried)
 
 
-@lru_cache(maxsize=8)
-def _objects(_environment: tuple[tuple[str, str], ...], hurried: bool) -> Objects:
+@lru_cache(maxsize=4)
+def _session(_environment: tuple[tuple[str, str], ...]) -> Any:
+    """One for all clients, which makes the second one cheap; not boto3's own, which remembers credentials for ever."""
     import boto3  # slow to import, and most runs are on disk
+
+    return boto3.session.Session()
+
+
+@lru_cache(maxsize=8)
+def _objects(environment: tuple[tuple[str, str], ...], hurried: bool) -> Objects:
     from botocore.config import Config
 
     config = Config(
@@ -59,7 +66,7 @@ def _objects(_environment: tuple[tuple[str, str], ...], hurried: bool) -> Object
         retries={"mode": "standard", "total_max_attempts": 1 if hurried else ATTEMPTS},
     )
     with _said("cannot reach S3", endpoint() or "AWS"):
-        session = boto3.session.Session()  # of its own: the default one remembers credentials for ever
+        session = _session(environment)
         region = os.environ.get("AWS_REGION") or session.region_name
         return Objects(session.client("s3", endpoint_url=endpoint(), region_name=region, config=config))
 

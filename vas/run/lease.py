@@ -35,6 +35,7 @@ class Lease:
         self._me, self._renewals = Holder.me(), 0
         self._lost: VasError | None = None
         self._ended = threading.Event()
+        s3.objects(hurried=True)  # takes a second or two to make, which the lease is not to lose once it runs
         self._etag = self._take()
         self._by_main = threading.current_thread() is threading.main_thread()
         self._thread = threading.Thread(target=self._keep, name="vas-lease", daemon=True)
@@ -77,7 +78,8 @@ class Lease:
             gone = holder is not None and holder.gone()
             if gone or found.age_s > LEASE_S or (first is not None and asked - watched_from > LEASE_S):
                 if (etag := objects.write_over(self._file, mine, found.etag)) is not None:
-                    console.print(f"going on     after {holder or 'another process'}, which has ended", highlight=False)
+                    end = "has ended" if gone else "has not been heard of any more"
+                    console.print(f"going on     after {holder or 'another process'}, which {end}", highlight=False)
                     return etag
             elif first is None:
                 since = f" since {holder.since}" if holder else ""
