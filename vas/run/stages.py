@@ -141,9 +141,8 @@ def train(run: RunDirectory) -> None:
     """Fit the value model to the rollouts: of every round that has them."""
     for number in range(run.config.rounds):
         if not run.done(_name("rollouts", run, number)):
-            raise VasError(
-                f"the rollouts of round {number} are not finished", run.location, f"vas rollout {run.location}"
-            )
+            which = f" of round {number}" if run.config.rounds > 1 else ""
+            raise VasError(f"the rollouts{which} are not finished", run.location, f"vas rollout {run.location}")
         fresh = not run.done(_name("train", run, number))
         _train(run, number)
         if fresh and not _last(run, number):

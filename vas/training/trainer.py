@@ -117,7 +117,7 @@ def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, A
     found = []
     for name in config.rewards:
         rewards = np.array(pc.struct_field(good["rewards"], name).to_pylist(), dtype=np.float64)
-        own = rewards[np.array(good["round"].to_pylist()) == 0]  # later rounds begin under guidance
+        own = rewards[good["round"].fill_null(0).to_numpy() == 0]  # later rounds begin under guidance
         mean, std = float(own.mean()), float(own.std())
         if np.ptp(own) == 0:  # std of a constant may be 1e-17
             raise VasError(
