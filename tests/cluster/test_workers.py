@@ -39,7 +39,7 @@ from vas.training.trainer import train
 
 ray.init(address="auto", log_to_driver=False)
 content, rollouts, storage, output = json.loads(sys.argv[1])
-train(parse_config(content, "the driver"), rollouts, storage, output)
+train(parse_config(content, "the driver"), [rollouts], storage, output)
 """
 
 
