@@ -317,7 +317,9 @@ def test_a_run_is_distilled(tmp_path):
             columns[column].append(value)
     rows = len(columns["prompt_id"])
     table = pa.table(
-        columns | {"finish_reason": ["stop"] * rows, "error": pa.nulls(rows, pa.string()), "held_out": [False] * rows},
+        columns
+        | {"finish_reason": ["stop"] * rows, "error": pa.nulls(rows, pa.string()), "held_out": [False] * rows}
+        | {"roll_in_length": [0] * rows},
     )
     storage.write_table(storage.join(run.rollouts, "some.parquet"), table)
     location = distill_run(run.location, epochs=1)
