@@ -6,10 +6,10 @@ BIN     = $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench chaos-rollouts lock clean
+.PHONY: help demo demo-on-s3 test lint format bench chaos-rollouts lock clean
 
 help:  ## This list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 demo: $(VENV)/installed  ## Train value models on a small language model's own rollouts, and steer it (about 10 min)
 	$(BIN)/vas run configs/demo.yaml
@@ -35,8 +35,11 @@ bench-training: runs/bench/value/default/config.json  ## How fast value models a
 runs/bench/value/default/config.json: | $(VENV)/installed
 	$(BIN)/vas run configs/demo.yaml --set name=bench --set value.layers=10
 
-chaos-rollouts: $(VENV)/installed  ## Kill actors, machines and drivers while rollouts are sampled, ten times
-	VAS_CHAOS_SEEDS=10 $(BIN)/python -m pytest tests/cluster/test_chaos.py tests/test_s3_faults.py
+demo-on-s3: $(VENV)/installed  ## The demo on disk and on an S3 server, compared (about half an hour)
+	VAS_DEMO_ON_S3=1 $(BIN)/python -m pytest tests/cluster/test_s3_run.py
+
+chaos-rollouts: $(VENV)/installed  ## Kill actors, machines and drivers, and let S3 fail, ten times
+	VAS_CHAOS_SEEDS=10 $(BIN)/python -m pytest tests/cluster/test_chaos.py tests/test_s3_faults.py tests/cluster/test_s3_run.py
 
 # a benchmark has the machine to itself: a short spin saves waking a thread for every operation
 bench-%: export GOMP_SPINCOUNT = 10000

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,12 +26,12 @@ from benchmarks.setting import MODEL, Setting, generate, rates, run
 from vas.config import parse_config
 from vas.decoding.sequence import Request, SamplingParams
 from vas.prompts import load_prompts
-from vas.rollouts.pipeline import sample
+from vas.rollouts.pipeline import CALLS, sample
 from vas.rollouts.plan import Plan
 from vas.run.cluster import ray_cluster
 
 REQUESTS, LONGEST, BATCHES = 96, 96, (8, 16, 32)
-ACTOR_PROMPTS, ACTOR_SAMPLES, ACTOR_TOKENS, ACTOR_BATCH = 160, 4, 32, 32
+ACTOR_PROMPTS, ACTOR_SAMPLES, ACTOR_TOKENS, ACTOR_BATCH = 320, 4, 32, 32
 
 
 def mixed(setting: Setting) -> list[Request]:
@@ -61,7 +64,10 @@ def against_generate() -> list[Row]:
 
 
 def actors(count: int) -> float:
-    """Tokens per second of so many actors with a thread each, from the first committed batch to the last."""
+    """Tokens per second of so many actors with a thread each, while all are busy.
+
+    That is from the first committed batch until the batches left are fewer than the actors take at once.
+    """
     with tempfile.TemporaryDirectory(prefix="vas-") as folder:
         config = parse_config(
             {
@@ -83,7 +89,7 @@ def actors(count: int) -> float:
         plan = Plan(load_prompts(config.prompts), ACTOR_SAMPLES, 0)
         with ray_cluster(config.resources):
             sample(config, [plan], folder, f"{count} actors")
-        files = sorted(Path(folder).glob("*.parquet"), key=os.path.getmtime)
+        files = sorted(Path(folder).glob("*.parquet"), key=os.path.getmtime)[: -CALLS * count]
         tokens = [sum(map(len, pq.read_table(file)["logprobs"].to_pylist())) for file in files]
         return sum(tokens[1:]) / (os.path.getmtime(files[-1]) - os.path.getmtime(files[0]))
 

@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlparse
 
+import psutil
 from s3_server import S3Server
 
 # kind of fault → what becomes of a request
@@ -32,6 +33,11 @@ KINDS = {
     "error_after": "takes effect, but is answered with 500",
     "cut": "takes effect, but the connection is reset in the middle of the answer",
     "stall": "reaches the server only after `stall_s` seconds",
+}
+# kind of fault → what becomes of the process that asks; only where it is planned
+KILLS = {
+    "kill_before": "is killed before its request reaches the server",
+    "kill_after": "is killed when its request has taken effect, before the answer",
 }
 _ERRORS = {"error": (500, "InternalError"), "error_after": (500, "InternalError"), "slow_down": (503, "SlowDown")}
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "proxy-connection"}
@@ -58,7 +64,8 @@ class S3Proxy:
         self.environment = server.environment | {"AWS_ENDPOINT_URL": self.endpoint}
 
     def plan(self, *kinds: str, only: str = "") -> None:
-        """Faults for the next requests that match, one each, whatever the rate; "" passes one."""
+        """Faults of KINDS or KILLS for the next requests that match, one each, whatever the rate; "" passes one."""
+        assert {"", *KINDS, *KILLS} >= set(kinds)
         with self._guard:
             self._planned.extend((re.compile(only), kind) for kind in kinds)
 
@@ -129,8 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = proxy.fault(f"{self.command} {self.path}")
         if fault == "stall":
             time.sleep(proxy.stall_s)
-        answer = None if fault in ("reset_before", "error", "slow_down") else self._forward(body)
-        if fault in ("reset_before", "reset_after"):
+        answer = None if fault in ("reset_before", "error", "slow_down", "kill_before") else self._forward(body)
+        if fault in KILLS:
+            _kill_owner(self.client_address)
+        if fault in ("reset_before", "reset_after", *KILLS):
             self._reset()
         elif fault in _ERRORS or answer is None:
             self._refuse(*_ERRORS[fault])
@@ -199,3 +208,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _reset(self) -> None:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
+
+
+def _kill_owner(address: tuple[str, int]) -> None:
+    """SIGKILL the process whose end of a connection this is."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.laddr == address and connection.pid:
+            psutil.Process(connection.pid).kill()
+            return
+    raise RuntimeError(f"nobody holds {address}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,30 +15,6 @@ from vas.rollouts.metrics import Metrics
 from vas.rollouts.plan import Plan
 from vas.rollouts.sampler import COMPANY, ROW_SCHEMA
 from vas.rollouts.stored import commit
-
-
-class RewardScorer:
-    """A Ray Data actor that fills in `rewards`; a row that cannot be scored gets `error`."""
-
-    def __init__(self, config: RunConfig, guided: bool) -> None:
-        self._config = config
-        self._schema = pa.schema([*schema.rollout_schema(list(config.rewards), guided), *COMPANY])
-
-    @cached_property
-    def _rewards(self) -> dict[str, rewards.Reward]:
-        """Loaded by the first batch: an error in an actor's constructor would not reach the user."""
-        return rewards.load_rewards(self._config.rewards)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
-        sampled = [row for row in rows if row["error"] is None]
-        prompts = [schema.Prompt.from_row(row) for row in sampled]
-        scored = rewards.score(self._rewards, prompts, [row["response_text"] for row in sampled])
-        for row, result in zip(sampled, scored, strict=True):
-            row["rewards"], row["error"] = result.rewards, result.error
-            if result.error is not None:
-                row["finish_reason"] = "error"
-        return pa.Table.from_pylist(rows, schema=self._schema)
 
 
 class StoredResponses:
@@ -58,25 +35,47 @@ class StoredResponses:
         return pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
 
 
-class Committer:
-    """Writes each batch as one file under a name that its place in the plan decides; says what it was."""
+class Finisher:
+    """A Ray Data actor that scores each batch, commits it as one file, and says what it was.
 
-    def __init__(self, location: str, run: str) -> None:
-        self._location, self._run = location, run
+    The file's name says the batch's place in the plan. A row that cannot be scored gets `error`.
+    One actor does both: a task that commits would be a process of its own, begun anew for most batches.
+    """
+
+    def __init__(self, config: RunConfig, location: str, guided: bool) -> None:
+        self._config, self._location = config, location
+        self._schema = pa.schema([*schema.rollout_schema(list(config.rewards), guided), *COMPANY])
+
+    @cached_property
+    def _rewards(self) -> dict[str, rewards.Reward]:
+        """Loaded by the first batch: an error in an actor's constructor would not reach the user."""
+        return rewards.load_rewards(self._config.rewards)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        batches = []
-        for name in table["batch"].unique().to_pylist():
-            batch = table.filter(pc.equal(table["batch"], name))
-            commit(self._location, name, batch.drop_columns(COMPANY.names), batch["retry"][0].as_py())
-            batches.append(
-                {
-                    "rows": len(batch),
-                    "tokens": pc.sum(batch["tokens"]).as_py(),
-                    "errors": batch["error"].drop_null().to_pylist(),
-                    "peak_share": batch["peak_share"][0].as_py(),
-                }
-            )
+        """A row of COMMITTED_SCHEMA for each batch in a table of ROW_SCHEMA."""
+        scored = self._scored(table)
+        batches = [self._committed(name, scored) for name in scored["batch"].unique().to_pylist()]
         committed = pa.Table.from_pylist(batches, schema=COMMITTED_SCHEMA)
-        Metrics.of(self._run).count(committed)
+        Metrics.of(self._config.name).count(committed)
         return committed
+
+    def _scored(self, table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        sampled = [row for row in rows if row["error"] is None]
+        prompts = [schema.Prompt.from_row(row) for row in sampled]
+        scored = rewards.score(self._rewards, prompts, [row["response_text"] for row in sampled])
+        for row, result in zip(sampled, scored, strict=True):
+            row["rewards"], row["error"] = result.rewards, result.error
+            if result.error is not None:
+                row["finish_reason"] = "error"
+        return pa.Table.from_pylist(rows, schema=self._schema)
+
+    def _committed(self, name: str, table: pa.Table) -> dict[str, Any]:
+        batch = table.filter(pc.equal(table["batch"], name))
+        commit(self._location, name, batch.drop_columns(COMPANY.names), batch["retry"][0].as_py())
+        return {
+            "rows": len(batch),
+            "tokens": pc.sum(batch["tokens"]).as_py(),
+            "errors": batch["error"].drop_null().to_pylist(),
+            "peak_share": batch["peak_share"][0].as_py(),
+        }

@@ -16,7 +16,7 @@ from vas.errors import VasError, causes
 from vas.placement import sampler_pool
 from vas.progress import Tracker
 from vas.rollouts.counts import Summary
-from vas.rollouts.operators import Committer, RewardScorer, StoredResponses
+from vas.rollouts.operators import Finisher, StoredResponses
 from vas.rollouts.plan import Plan
 from vas.rollouts.sampler import Sampler
 from vas.rollouts.stored import pending
@@ -124,14 +124,14 @@ def _commit_all(
     """Score rows of ROW_SCHEMA and commit them, a file a batch, with progress."""
     resources = config.resources
     dataset = rows.map_batches(
-        RewardScorer,
-        fn_constructor_args=(config, guided),
+        Finisher,
+        fn_constructor_args=(config, location, guided),
         compute=ray.data.ActorPoolStrategy(size=resources.reward_actors),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0.5 / resources.reward_actors,
         num_gpus=resources.gpus_per_reward_actor,
-    ).map_batches(Committer(location, config.name).__call__, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+    )
     earlier = summary.seconds
     with tracker:
         for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

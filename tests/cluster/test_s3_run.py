@@ -1,0 +1,160 @@
+"""A whole run whose every path is on a real S3 server: the same as on disk, and the same again under faults.
+
+The demo itself, on disk and on S3, takes a quarter of an hour each: `make demo-on-s3`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from command import ROOT, message, vas
+from s3_proxy import KILLS, KINDS, s3_proxy
+from s3_server import S3Server, s3_server
+from tools import ConfigMaker
+
+from vas import storage
+from vas.config import RunConfig, parse_config
+from vas.models.value import ValueModel
+from vas.rollouts.stored import read_rollouts
+from vas.run.directory import RunDirectory
+from vas.run.stages import run_all
+
+DEMO = bool(os.environ.get("VAS_DEMO_ON_S3"))
+SEEDS = range(int(os.environ.get("VAS_CHAOS_SEEDS", "1")))
+SMALL = (
+    "evaluation.best_of=[2]",
+    "evaluation.strengths=[{words: 4}]",
+    "evaluation.bootstrap=20",
+    "evaluation.samples_shown=1",
+)
+SAME = ("prompt_token_ids", "response_token_ids", "rewards", "finish_reason", "held_out")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def content(make_config: ConfigMaker) -> dict[str, Any]:
+    """The config of the runs that are compared."""
+    if DEMO:
+        return yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    return make_config("whole", *SMALL, prompts=16)
+
+
+@pytest.fixture(scope="module")
+def on_disk(server, content, tmp_path_factory) -> RunDirectory:
+    """The whole run on local disk."""
+    return finished(parse_config(content | {"runs_dir": str(tmp_path_factory.mktemp("disk"))}, "this test"))
+
+
+def finished(config: RunConfig) -> RunDirectory:
+    run = RunDirectory.create(config)
+    run_all(run)
+    return run
+
+
+def elsewhere(content: dict[str, Any], place: str) -> dict[str, Any]:
+    """The same config with its prompts and its run directory on S3."""
+    prompts = content["prompts"]
+    if not prompts["source"].startswith("bundled:"):
+        source = f"{place}/prompts.jsonl"
+        storage.write_bytes(source, Path(prompts["source"]).read_bytes())
+        prompts = prompts | {"source": source}
+    return content | {"runs_dir": f"{place}/runs", "prompts": prompts}
+
+
+def files_of(run: RunDirectory) -> set[str]:
+    """The run's files; what Ray Train names after a clock, and where prompts came from, left out."""
+    names = {file.removeprefix(run.location).lstrip("/") for file in storage.list_files(run.location, hidden=True)}
+    return {
+        re.sub(r"packed/\w+", "packed/…", re.sub(r"events\.out\.\S+", "events", name))
+        for name in names
+        if "ray_train" not in name
+    }
+
+
+def assert_same(run: RunDirectory, expected: RunDirectory) -> None:
+    """The runs have the same rollouts, guided responses and values."""
+    for part in ("rollouts/round=0", "evaluation/responses", "evaluation/completions"):
+        found, wanted = (
+            {row["rollout_id"]: row for row in read_rollouts(each.path(part)).to_pylist()} for each in (run, expected)
+        )
+        assert len(found) == read_rollouts(run.path(part)).num_rows
+        assert found.keys() == wanted.keys()
+        for name, row in found.items():
+            assert {column: row[column] for column in SAME} == {column: wanted[name][column] for column in SAME}
+    value, other = ValueModel.load(run.value), ValueModel.load(expected.value)
+    assert value.objectives == other.objectives
+    for (name, tensor), theirs in zip(value.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(tensor, theirs, atol=1e-5, rtol=1e-4, msg=name)
+    assert b"</html>" in storage.read_bytes(run.path("evaluation", "report.html"))
+
+
+@pytest.mark.timeout(3600 if DEMO else 300)
+def test_a_run_on_s3_is_the_run_on_disk(content, on_disk):
+    run = finished(parse_config(elsewhere(content, "s3://test/whole"), "this test"))
+    assert run.location.startswith("s3://test/whole/runs/")
+    assert_same(run, on_disk)
+    assert files_of(run) == files_of(on_disk)
+    snapshot = run.path("train", "ray_train", "checkpoint_manager_snapshot.json")
+    assert json.loads(storage.read_bytes(snapshot))["checkpoint_results"]
+    assert not Path("s3:").exists()
+    assert not storage.list_files("s3://test/whole", suffix=".lock")
+    again = RunDirectory.open(run.location)
+    assert all(again.done(stage) for stage in ("prompts", "rollouts", "train", "evaluate"))
+
+
+# What dies in turn: a task that writes a batch, before and after it took effect; the driver between a stage's data
+# and its commit; the training worker in the midst of its checkpoint; the driver between that and its commit.
+CRASHES = [
+    ("kill_before", r"^PUT .*/rollouts/round=0/[^_].*\.parquet"),
+    ("kill_after", r"^PUT .*/rollouts/round=0/[^_].*\.parquet"),
+    ("kill_before", r"^PUT .*/run\.json"),
+    ("kill_after", r"^PUT .*/value/default/model\.safetensors"),
+    ("kill_before", r"^PUT .*/run\.json"),
+    ("kill_after", r"^PUT .*/evaluation/responses/[^_].*\.parquet"),
+    ("kill_before", r"^PUT .*/evaluation/report\.html"),
+]
+
+
+@pytest.mark.skipif(DEMO, reason="the demo is run undisturbed")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_run_whose_store_fails_and_whose_processes_die_is_the_same_run(server, content, on_disk, tmp_path, seed):
+    content = elsewhere(content, f"s3://test/faults-{seed}")
+    file = tmp_path / "faults.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with s3_proxy(server, rate=0.08, seed=seed, stall_s=0.5) as proxy:
+        for kind, request in CRASHES:
+            proxy.plan(kind, only=request)
+        killed = 0
+        for _ in range(12):
+            attempt = vas("run", file, timeout=400, **proxy.environment)
+            print(attempt.stdout[-2000:], attempt.stderr[-3000:])
+            if attempt.returncode == 0:
+                break
+            if attempt.returncode < 0:
+                killed += 1
+            else:  # it stopped by itself, and says why
+                assert "Traceback" not in attempt.stderr
+                assert message(attempt.stderr), attempt.stderr
+        assert attempt.returncode == 0
+        print(f"{proxy.requests} requests, {killed} drivers killed, faults: {dict(proxy.injected)}")
+        assert proxy.injected.keys() >= KILLS.keys()
+        assert sum(proxy.injected[kind] for kind in KILLS) == len(CRASHES)
+        assert killed == 3
+        assert sum(proxy.injected[kind] for kind in KINDS) > 20
+    run = RunDirectory.open(f"{content['runs_dir']}/{content['name']}")
+    assert_same(run, on_disk)
+    assert files_of(run) == files_of(on_disk)
