@@ -118,12 +118,12 @@ def test_a_run_on_s3_is_the_run_on_disk(content, on_disk):
 # What dies in turn: a task that writes a batch, before and after it took effect; the driver between a stage's data
 # and its commit; the training worker in the midst of its checkpoint; the driver between that and its commit.
 CRASHES = [
-    ("kill_before", r"^PUT .*/rollouts/round=0/[^_].*\.parquet"),
-    ("kill_after", r"^PUT .*/rollouts/round=0/[^_].*\.parquet"),
+    ("kill_before", r"^PUT .*/rollouts/round%3D0/[^_/]*\.parquet"),
+    ("kill_after", r"^PUT .*/rollouts/round%3D0/[^_/]*\.parquet"),
     ("kill_before", r"^PUT .*/run\.json"),
     ("kill_after", r"^PUT .*/value/default/model\.safetensors"),
     ("kill_before", r"^PUT .*/run\.json"),
-    ("kill_after", r"^PUT .*/evaluation/responses/[^_].*\.parquet"),
+    ("kill_after", r"^PUT .*/evaluation/responses/[^_/]*\.parquet"),
     ("kill_before", r"^PUT .*/evaluation/report\.html"),
 ]
 

@@ -68,7 +68,7 @@ def test_a_worker_that_is_killed_in_an_epoch_costs_nothing(fit, alone, tmp_path)
     assert_same_training(disturbed, alone)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])  # at 0 nothing is shared out that would have to be put together
 def test_one_worker_goes_on_where_two_were_stopped(fit, alone, make_config, rollouts, tmp_path, stage):
     overrides = (*SLOW, f"train.zero_stage={stage}")
     storage, output = tmp_path / "stopped" / "train", tmp_path / "stopped" / "value"
