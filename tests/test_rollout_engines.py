@@ -139,6 +139,14 @@ def test_a_response_that_no_memory_is_enough_for_fails_alone(loop):
     assert all("memory ran out on this response alone" in str(each) for each in loop.generate(many(2)))
 
 
+def test_a_response_too_large_for_memory_does_not_slow_the_others_for_good(loop):
+    loop.engine.room = 0
+    loop.generate(many(8))
+    loop.engine.room = 100
+    loop.generate([request(f"{each.request_id}-later", each.prompt_token_ids) for each in many(8)])
+    assert loop._most == loop._limit
+
+
 def test_several_callers_share_the_steps(loop):
     loop.engine.room = 100
     asked = [

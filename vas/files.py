@@ -185,6 +185,12 @@ def delete(location: str) -> None:
         raise VasError(f"cannot remove this file: {reason(error)}", location, "check its rights") from None
 
 
+def _to_disk(path: str) -> None:
+    """Wait until a file's content is on the disk itself."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def new_file(location: str) -> Iterator[str]:
     """A local path for the block to write to; what it wrote comes to `location` at its end, whole, unless it fails."""
@@ -192,6 +198,7 @@ def new_file(location: str) -> Iterator[str]:
         with _beside(location) as temporary:
             yield temporary
             with writing(location):
+                _to_disk(temporary)  # else a machine that loses power may have the name without the content
                 os.replace(temporary, absolute(location))
         return
     with tempfile.TemporaryDirectory(prefix="vas-") as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -14,6 +15,11 @@ COMMITTED_SCHEMA = pa.schema(
         ("peak_share", pa.float32()),
     ]
 )
+
+
+def kind(error: str) -> str:
+    """What an error is counted as: its first line, whatever the numbers in it are."""
+    return re.sub(r"\d+", "N", error.splitlines()[0])
 
 
 @dataclass
@@ -29,7 +35,7 @@ class Summary:
     peak_share: float = 0.0
     """Share of its processor's measured product rate that an actor makes use of, by the last batches."""
     errors: dict[str, int] = field(default_factory=dict)
-    """First line of an error → rows."""
+    """Kind of an error → rows."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -44,8 +50,7 @@ class Summary:
         self.tokens += sum(committed["tokens"].to_pylist())
         for errors in committed["errors"].to_pylist():
             for error in errors:
-                kind = error.splitlines()[0]
-                self.errors[kind] = self.errors.get(kind, 0) + 1
+                self.errors[kind(error)] = self.errors.get(kind(error), 0) + 1
         for share in committed["peak_share"].to_pylist():
             self.peak_share += 0.2 * (share - self.peak_share) if self.peak_share else share
         return rows

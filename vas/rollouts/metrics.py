@@ -7,6 +7,8 @@ from functools import cache
 import pyarrow as pa
 from ray.util.metrics import Counter, Gauge
 
+from vas.rollouts.counts import kind
+
 TAGS = ("run",)
 
 
@@ -34,4 +36,4 @@ class Metrics:
             if batch["tokens"]:
                 self._tokens.inc(batch["tokens"], self._tags)
             for error in batch["errors"]:
-                self._errors.inc(1, self._tags | {"kind": error.split(":")[0].splitlines()[0][:40]})
+                self._errors.inc(1, self._tags | {"kind": kind(error).split(":")[0][:40]})

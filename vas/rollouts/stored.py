@@ -70,9 +70,14 @@ def good_rows(location: str, name: str) -> pa.Table:
 
 
 def commit(location: str, name: str, table: pa.Table, retry: bool) -> None:
-    """Write a batch's rows; on a retry, beside those of its file that did not fail."""
+    """Write a batch's rows; on a retry, beside those of its file that did not fail.
+
+    The same retry may be committed twice, by a task that is done again: what is there by then stays.
+    """
     if retry:
-        table = pa.concat_tables([good_rows(location, name), table]).combine_chunks()
+        good = good_rows(location, name)
+        there = pc.is_in(table["rollout_id"], good["rollout_id"].combine_chunks())
+        table = pa.concat_tables([good, table.filter(pc.invert(there))]).combine_chunks()
     mark = storage.join(location, _MARK + name)
     failed = table["error"].null_count < len(table)
     if failed:

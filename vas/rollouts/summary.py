@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import ray
 
 from vas import storage
+from vas.rollouts.counts import kind
 
 BINS = 40
 FILES_EACH = 64  # files that one task reads
@@ -46,7 +47,7 @@ def _read(files: list[str], objectives: list[str]) -> dict[str, Any]:
     return {
         "rows": len(table),
         "prompt_tokens": pc.sum(pc.list_value_length(table["prompt_token_ids"])).as_py() or 0,
-        "errors": Counter(error.splitlines()[0] for error in table["error"].drop_null().to_pylist()),
+        "errors": Counter(kind(error) for error in table["error"].drop_null().to_pylist()),
         "finish": Counter(table["finish_reason"].to_pylist()),
         "seconds": pc.sum(table["decode_seconds"]).as_py() or 0.0,
         "lengths": _numbers(pc.list_value_length(good["logprobs"])),
@@ -82,10 +83,11 @@ def _spread(values: np.ndarray) -> dict[str, Any]:
     """Mean, standard deviation, quantiles and a histogram; nothing of nothing."""
     if not len(values):
         return {}
+    values = values.astype(np.float64)  # in float32 a range of some last digits has no 40 bins
     counts, edges = np.histogram(values, bins=BINS)
     return {
-        "mean": float(values.mean(dtype=np.float64)),
-        "std": float(values.std(dtype=np.float64)),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
         "quantiles": {str(q): float(np.quantile(values, q)) for q in (0, 0.1, 0.5, 0.9, 1)},
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }

@@ -72,6 +72,7 @@ def rollout(run: RunDirectory, source: str | None = None) -> None:
     Raises VasError if its responses are not those that this run would sample.
     """
     if source is not None:
+        source = storage.absolute(source)  # workers have other working directories
         _check_source(run.config, source)
     prepare(run)
     for number in range(run.config.rounds):

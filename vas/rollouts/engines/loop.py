@@ -45,7 +45,7 @@ class Loop:
         ready: Future[Engine] = Future()
         threading.Thread(target=self._run, args=(make, ready), daemon=True, name="engine loop").start()
         self.engine = ready.result()
-        self._most = self.engine.max_sequences
+        self._most = self._limit = self.engine.max_sequences
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """A completion or, for a request that fails alone, a VasError, in order. Several threads may call it.
@@ -118,6 +118,7 @@ class Loop:
             self._allow(engine, half)
         else:
             engine.abort(ran[0])
+            self._most = self._limit if memory else self._most  # it was this one that the others had no room beside
             self._seconds.pop(ran[0], None)
             self._waiting.pop(ran[0]).set_result(alone(error, ran[0]))
             self._allow(engine, self._most)
