@@ -411,3 +411,22 @@ def test_s3_a_version_that_is_no_longer_there_is_not_replaced(bucket):
     storage.delete(file)
     assert storage.write_over(file, b"fourth", second) is None
     assert storage.read_version(file) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"one", b"one\n\ntwo\r\nthree\rfour\n", "ü\u2028ü\n".encode()])
+def test_lines_are_those_of_the_whole_file(place, content):
+    storage.write_bytes(f"{place}/lines.txt", content)
+    assert list(storage.read_lines(f"{place}/lines.txt")) == content.splitlines()
+
+
+def test_lines_of_no_file(place):
+    with pytest.raises(VasError, match="cannot read this file"):
+        list(storage.read_lines(f"{place}/nothing.txt"))
+
+
+def test_parts_are_the_row_groups(place):
+    table = pa.table({"n": list(range(10))})
+    storage.write_table_stream(f"{place}/parts.parquet", [table], table.schema, 4)
+    parts = list(storage.read_parts(f"{place}/parts.parquet"))
+    assert [len(part) for part in parts] == [4, 4, 2]
+    assert pa.concat_tables(parts).equals(table)

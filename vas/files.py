@@ -8,6 +8,7 @@ and lists everywhere, and reads and writes but on S3, where `vas.s3` does.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import tempfile
@@ -112,6 +113,22 @@ def read_bytes(location: str) -> bytes:
             return stream.read()
     except OSError as error:
         raise VasError(f"cannot read this file: {reason(error)}", location, "check the path and its rights") from None
+
+
+def read_lines(location: str) -> Iterator[bytes]:
+    """A file's lines, without their ends, read as they are asked for. Raises VasError if it cannot be read."""
+    with tempfile.TemporaryDirectory(prefix="vas-") as folder:
+        source = location
+        if location.startswith("s3://"):
+            s3.objects().download(location, source := os.path.join(folder, "file"))
+        fs, path = filesystem(source)
+        try:
+            with fs.open_input_stream(path) as stream:
+                for line in io.BufferedReader(stream):
+                    yield from line.splitlines()  # some files have none but carriage returns
+        except OSError as error:
+            mend = "check the path and its rights"
+            raise VasError(f"cannot read this file: {reason(error)}", location, mend) from None
 
 
 def read_version(location: str) -> tuple[bytes, str] | None:

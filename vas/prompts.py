@@ -132,11 +132,11 @@ def _rows(source: str) -> Iterator[tuple[dict[str, Any], str]]:
     for location in _files(source):
         kind = location.rpartition(".")[2].lower()
         if kind == "parquet":
-            batches = storage.read_table([location]).to_batches(max_chunksize=1024)
-            rows = (row for batch in batches for row in batch.to_pylist())
+            parts = (part for group in storage.read_parts(location) for part in group.to_batches(STORED_TOGETHER))
+            rows = (row for part in parts for row in part.to_pylist())
             yield from ((row, f"{location}, row {number}") for number, row in enumerate(rows, start=1))
             continue
-        for number, line in enumerate(storage.read_bytes(location).splitlines(), start=1):
+        for number, line in enumerate(storage.read_lines(location), start=1):
             if line.strip():
                 where = f"{location}:{number}"
                 yield _line(line, kind == "txt", where), where

@@ -30,6 +30,7 @@ from vas.files import (
     list_files,
     new_file,
     read_bytes,
+    read_lines,
     read_version,
     reason,
     write_bytes,
@@ -53,6 +54,8 @@ __all__ = [
     "list_files",
     "local_copy",
     "read_bytes",
+    "read_lines",
+    "read_parts",
     "read_rows",
     "read_table",
     "read_version",
@@ -125,6 +128,14 @@ def read_rows(location: str, start: int, stop: int, columns: list[str] | None = 
             return file.read_row_groups(groups, columns).slice(start - skipped, max(stop - start, 0))
 
     return _read(location, read)
+
+
+def read_parts(location: str) -> Iterator[pa.Table]:
+    """The row groups of a Parquet file, one after another."""
+    fs, path = filesystem(location)
+    with _read(location, lambda: pq.ParquetFile(path, filesystem=fs)) as file:
+        for group in range(file.num_row_groups):
+            yield _read(location, partial(file.read_row_group, group))
 
 
 def _read(location: str, read: Callable[[], T]) -> T:
