@@ -16,9 +16,11 @@ from tools import ConfigMaker, command, committed, descendants, read_record, wai
 
 from vas import schema, storage
 from vas.config import Resources, RunConfig, parse_config
+from vas.errors import VasError
 from vas.models.base import load_base
 from vas.models.value import ValueModel
 from vas.prompts import load_prompts
+from vas.rollouts import pipeline
 from vas.rollouts.pipeline import sample
 from vas.rollouts.plan import Plan
 from vas.rollouts.stored import read_rollouts
@@ -373,3 +375,40 @@ def test_zero_3_writes_the_same_kind_of_checkpoint(make_config, run, rows, tmp_p
     theirs = dict(of_zero_2.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, theirs[name], atol=0.02, rtol=0.02, msg=name)
+
+
+def test_failed_rows_of_a_finished_stage_are_tried_again_until_training_begins(make_config, tmp_path):
+    reward, mended = tmp_path / "moody.py", tmp_path / "mended"
+    reward.write_text(MOODY_REWARD)
+    content = make_config("later", prompts=6)
+    content["rewards"]["words"] = {"use": f"python:{reward}:score", "params": {"mended": str(mended)}}
+    run = RunDirectory.create(config_of(content))
+    stages.rollout(run)
+    assert run.done("rollouts")
+    assert run.about("rollouts")["errors"]
+    mended.touch()
+    stages.rollout(run)
+    assert run.about("rollouts")["errors"] == {}
+    assert ids_of(read_rollouts(run.rollouts).to_pylist()) == expected_ids(plan_of(run.config))
+
+
+def test_a_batch_that_ends_its_process_each_time_stops_the_run_and_nothing_else_is_lost(
+    make_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "RETRIES", 0)
+    monkeypatch.setattr(pipeline, "FRUITLESS_PASSES", 1)
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "import os\n"
+        "def deadly(prompts, responses):\n"
+        "    if any('deadly' in prompt.last_user_text() for prompt in prompts):\n"
+        "        os._exit(1)\n"
+        "    return [0.0] * len(responses)\n"
+    )
+    content = make_config("deadly", prompts=12, more=("what is a deadly question that is longer than the others?",))
+    content["rewards"]["words"] = {"use": f"python:{reward}:deadly"}
+    config = config_of(content)
+    plan, location = plan_of(config), str(tmp_path / "rows")
+    with pytest.raises(VasError, match=r"die again and again[\s\S]*1 batches are left"):
+        sample(config, [plan], location, "deadly")
+    assert committed(location) == plan.batches(config.rollouts.batch_size) - 1

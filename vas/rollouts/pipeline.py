@@ -24,6 +24,7 @@ from vas.rollouts.stored import pending
 logger = logging.getLogger(__name__)
 
 CALLS = 2  # batches in an actor at once: what one leaves free, the other fills
+RETRIES = 3  # of a batch whose process died, before what is left is planned anew; Ray Data itself never gives up
 FRUITLESS_PASSES = 2  # that end in lost processes without a batch finished, before we give up
 LOST = (
     exceptions.RayActorError,
@@ -64,7 +65,7 @@ def sample(config: RunConfig, plans: list[Plan], location: str, title: str, valu
             if fruitless == FRUITLESS_PASSES:
                 first = ", ".join(work["name"].to_pylist()[:3])
                 raise VasError(
-                    f"the processes that sample die again and again: {str(error).splitlines()[0]}",
+                    f"the processes that sample or score die again and again: {str(error).splitlines()[0]}",
                     f"{location}: {len(work)} batches are left, {first} first",
                     "what is finished is kept; see Ray's logs for the reason (memory, most often: lower batch_size)",
                 ) from None
@@ -110,6 +111,7 @@ def _sampled(
         batch_format="pyarrow",
         num_cpus=config.resources.cpus_per_actor,
         num_gpus=config.resources.gpus_per_actor,
+        max_task_retries=RETRIES,
     )
 
 
@@ -131,6 +133,7 @@ def _commit_all(
         batch_format="pyarrow",
         num_cpus=0.5 / resources.reward_actors,
         num_gpus=resources.gpus_per_reward_actor,
+        max_task_retries=RETRIES,
     )
     earlier = summary.seconds
     with tracker:

@@ -98,7 +98,10 @@ def _check_source(config: RunConfig, source: str) -> None:
 
 
 def _rollout(run: RunDirectory, number: int, source: str | None = None) -> None:
-    """One round: π0's own rollouts, or such as begin under the guidance of the round before."""
+    """One round: π0's own rollouts, or such as begin under the guidance of the round before.
+
+    Until the training that follows has begun, rows that failed are tried again.
+    """
     from vas.rollouts.pipeline import rescore, sample
     from vas.rollouts.plan import Plan, setting_key
 
@@ -123,7 +126,9 @@ def _rollout(run: RunDirectory, number: int, source: str | None = None) -> None:
         rate = f", {summary.tokens_per_s:.0f} tokens/s" if summary.sampled else ", all of them there already"
         return f"{summary.rows} rollouts{failed}{rate}"
 
-    _stage(run, _name("rollouts", run, number), body)
+    stage = _name("rollouts", run, number)
+    failed = run.about(stage).get("errors") and not run.about(_name("train", run, number))
+    _stage(run, stage, body, again=bool(failed))
 
 
 def _summarize(run: RunDirectory, number: int, location: str) -> None:
@@ -219,11 +224,11 @@ def _value(run: RunDirectory, number: int) -> str:
     return run.value if _last(run, number) else f"{run.value}-round={number}"
 
 
-def _stage(run: RunDirectory, name: str, body: Callable[[dict], str]) -> None:
-    """Run a stage unless it is done, on the run's cluster, and say how it went."""
+def _stage(run: RunDirectory, name: str, body: Callable[[dict], str], again: bool = False) -> None:
+    """Run a stage unless it is done, on the run's cluster, and say how it went. again: run it even so."""
     from vas.run.cluster import ray_cluster
 
-    if run.done(name):
+    if run.done(name) and not again:
         console.print(f"{name:<12} done already", highlight=False)
         return
     with ray_cluster(run.config.resources), run.stage(name) as about:
