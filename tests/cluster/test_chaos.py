@@ -111,7 +111,7 @@ def kill_a_machine(cluster, chance: random.Random) -> None:
     cluster.add_node(**MACHINE)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rollouts_survive(cluster, content, undisturbed, tmp_path, seed):
     chance = random.Random(seed)

@@ -104,6 +104,7 @@ def files_of(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
 
 
+@pytest.mark.timeout(1200)
 def test_a_run_stopped_twice_in_every_stage_ends_as_if_it_never_was(config_file, request):
     config = parse_config(yaml.safe_load(config_file.read_text()), "this test")
     run = Path(config.runs_dir, config.name)

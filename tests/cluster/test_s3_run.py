@@ -101,7 +101,7 @@ def assert_same(run: RunDirectory, expected: RunDirectory) -> None:
     assert b"</html>" in storage.read_bytes(run.path("evaluation", "report.html"))
 
 
-@pytest.mark.timeout(3600 if DEMO else 300)
+@pytest.mark.timeout(7200 if DEMO else 900)
 def test_a_run_on_s3_is_the_run_on_disk(content, on_disk):
     run = finished(parse_config(elsewhere(content, "s3://test/whole"), "this test"))
     assert run.location.startswith("s3://test/whole/runs/")
@@ -129,7 +129,7 @@ CRASHES = [
 
 
 @pytest.mark.skipif(DEMO, reason="the demo is run undisturbed")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_whose_store_fails_and_whose_processes_die_is_the_same_run(server, content, on_disk, tmp_path, seed):
     content = elsewhere(content, f"s3://test/faults-{seed}")
