@@ -22,7 +22,7 @@ DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 
 from vas.cli.main import app  # noqa: E402  (it is this checkout that is described)
-from vas.config import RunConfig  # noqa: E402
+from vas.config import RunConfig  # noqa: E402  (of this checkout, too)
 
 NOTE = "<!-- Written by docs/generate.py; change the code and run it again. -->"
 

@@ -112,7 +112,7 @@ def read_bytes(location: str) -> bytes:
         with fs.open_input_stream(path) as stream:
             return stream.read()
     except OSError as error:
-        raise VasError(f"cannot read this file: {reason(error)}", location, "check the path and its rights") from None
+        raise _unreadable(location, error) from None
 
 
 def read_lines(location: str) -> Iterator[bytes]:
@@ -127,8 +127,11 @@ def read_lines(location: str) -> Iterator[bytes]:
                 for line in io.BufferedReader(stream):
                     yield from line.splitlines()  # some files have none but carriage returns
         except OSError as error:
-            mend = "check the path and its rights"
-            raise VasError(f"cannot read this file: {reason(error)}", location, mend) from None
+            raise _unreadable(location, error) from None
+
+
+def _unreadable(location: str, error: OSError) -> VasError:
+    return VasError(f"cannot read this file: {reason(error)}", location, "check the path and its rights")
 
 
 def read_version(location: str) -> tuple[bytes, str] | None:

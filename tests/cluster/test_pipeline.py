@@ -360,23 +360,6 @@ def test_rows_that_fail_are_marked_and_tried_again(make_config, tmp_path):
     assert all("room for 1024" in again[row["rollout_id"]]["error"] for row in long_rows)
 
 
-# --- weights shared out over two workers -----------------------------------------------------------
-
-
-def test_zero_3_writes_the_same_kind_of_checkpoint(make_config, run, rows, tmp_path):
-    config, output = config_of(two_workers(make_config("whole"), zero_stage=3)), str(tmp_path / "value")
-    metrics = train(config, [run.rollouts], str(tmp_path / "train"), output)
-    model, of_zero_2 = ValueModel.load(output), ValueModel.load(run.value)
-    values = torch.cat([model(torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]]))[0] for row in rows])
-    assert values.isfinite().all()
-    assert values.std() > 0
-    loss = sum(metrics["losses"]) / len(metrics["losses"])
-    assert loss == pytest.approx(read_record(Path(run.location))["stages"]["train"]["loss"], rel=0.05)
-    theirs = dict(of_zero_2.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, theirs[name], atol=0.02, rtol=0.02, msg=name)
-
-
 def test_failed_rows_of_a_finished_stage_are_tried_again_until_training_begins(make_config, tmp_path):
     reward, mended = tmp_path / "moody.py", tmp_path / "mended"
     reward.write_text(MOODY_REWARD)
@@ -412,3 +395,20 @@ def test_a_batch_that_ends_its_process_each_time_stops_the_run_and_nothing_else_
     with pytest.raises(VasError, match=r"die again and again[\s\S]*1 batches are left"):
         sample(config, [plan], location, "deadly")
     assert committed(location) == plan.batches(config.rollouts.batch_size) - 1
+
+
+# --- weights shared out over two workers -----------------------------------------------------------
+
+
+def test_zero_3_writes_the_same_kind_of_checkpoint(make_config, run, rows, tmp_path):
+    config, output = config_of(two_workers(make_config("whole"), zero_stage=3)), str(tmp_path / "value")
+    metrics = train(config, [run.rollouts], str(tmp_path / "train"), output)
+    model, of_zero_2 = ValueModel.load(output), ValueModel.load(run.value)
+    values = torch.cat([model(torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]]))[0] for row in rows])
+    assert values.isfinite().all()
+    assert values.std() > 0
+    loss = sum(metrics["losses"]) / len(metrics["losses"])
+    assert loss == pytest.approx(read_record(Path(run.location))["stages"]["train"]["loss"], rel=0.05)
+    theirs = dict(of_zero_2.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, theirs[name], atol=0.02, rtol=0.02, msg=name)

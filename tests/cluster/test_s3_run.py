@@ -16,7 +16,7 @@ import yaml
 from command import ROOT, message, vas
 from s3_proxy import KILLS, KINDS, s3_proxy
 from s3_server import S3Server, s3_server
-from tools import ConfigMaker
+from tools import SEEDS, ConfigMaker
 
 from vas import storage
 from vas.config import RunConfig, parse_config
@@ -26,7 +26,6 @@ from vas.run.directory import RunDirectory
 from vas.run.stages import run_all
 
 DEMO = bool(os.environ.get("VAS_DEMO_ON_S3"))
-SEEDS = range(int(os.environ.get("VAS_CHAOS_SEEDS", "1")))
 SMALL = (
     "evaluation.best_of=[2]",
     "evaluation.strengths=[{words: 4}]",
@@ -87,10 +86,9 @@ def files_of(run: RunDirectory) -> set[str]:
 def assert_same(run: RunDirectory, expected: RunDirectory) -> None:
     """The runs have the same rollouts, guided responses and values."""
     for part in ("rollouts/round=0", "evaluation/responses", "evaluation/completions"):
-        found, wanted = (
-            {row["rollout_id"]: row for row in read_rollouts(each.path(part)).to_pylist()} for each in (run, expected)
-        )
-        assert len(found) == read_rollouts(run.path(part)).num_rows
+        rows, wanted_rows = (read_rollouts(each.path(part)).to_pylist() for each in (run, expected))
+        found, wanted = ({row["rollout_id"]: row for row in each} for each in (rows, wanted_rows))
+        assert len(found) == len(rows)
         assert found.keys() == wanted.keys()
         for name, row in found.items():
             assert {column: row[column] for column in SAME} == {column: wanted[name][column] for column in SAME}

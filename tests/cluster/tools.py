@@ -1,6 +1,7 @@
 """Small things that the cluster tests share: waiting, and looking at files and processes."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import psutil
 
 from vas import storage
 
+SEEDS = range(int(os.environ.get("VAS_CHAOS_SEEDS", "1")))  # of the tests in which chance strikes
 ConfigMaker = Callable[..., dict[str, Any]]
 
 

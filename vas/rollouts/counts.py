@@ -50,7 +50,8 @@ class Summary:
         self.tokens += sum(committed["tokens"].to_pylist())
         for errors in committed["errors"].to_pylist():
             for error in errors:
-                self.errors[kind(error)] = self.errors.get(kind(error), 0) + 1
+                name = kind(error)
+                self.errors[name] = self.errors.get(name, 0) + 1
         for share in committed["peak_share"].to_pylist():
             self.peak_share += 0.2 * (share - self.peak_share) if self.peak_share else share
         return rows

@@ -118,7 +118,8 @@ class Loop:
             self._allow(engine, half)
         else:
             engine.abort(ran[0])
-            self._most = self._limit if memory else self._most  # it was this one that the others had no room beside
+            if memory:
+                self._most = self._limit  # it was this one that the others had no room beside
             self._seconds.pop(ran[0], None)
             self._waiting.pop(ran[0]).set_result(alone(error, ran[0]))
             self._allow(engine, self._most)
