@@ -50,7 +50,8 @@ from benchmarks.fitting import Fitted, Weighed, Worker, store
 from benchmarks.hf_trainer import Reference
 from benchmarks.rows import Row, show, write
 from vas import storage
-from vas.config import RunConfig, override, parse_config
+from vas.config import RunConfig, parse_config
+from vas.configfile import override
 from vas.errors import VasError
 from vas.run.cluster import ray_cluster
 from vas.run.directory import RunDirectory

@@ -6,7 +6,8 @@ from copy import deepcopy
 import pytest
 import yaml
 
-from vas.config import RunConfig, load_config, override, parse_config
+from vas.config import RunConfig, load_config, parse_config
+from vas.configfile import override
 from vas.errors import VasError
 
 LEAST = {

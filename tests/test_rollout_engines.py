@@ -19,15 +19,14 @@ from transformers import PreTrainedTokenizerFast
 
 from vas.config import RunConfig, parse_config
 from vas.decoding.engine import Engine
+from vas.decoding.faults import is_fatal, is_memory
+from vas.decoding.loop import Loop
 from vas.decoding.sequence import Completion, SamplingParams
-from vas.errors import VasError
+from vas.errors import EngineDied, VasError
 from vas.models.base import load_tokenizer
 from vas.rollouts.engines import http, make_engine
 from vas.rollouts.engines.answers import ForeignTokens, Reader
 from vas.rollouts.engines.apart import generate_apart
-from vas.rollouts.engines.faults import is_fatal, is_memory
-from vas.rollouts.engines.interface import EngineDied
-from vas.rollouts.engines.loop import Loop
 from vas.rollouts.engines.openai import OpenAIEngine
 from vas.rollouts.engines.transformers import TransformersEngine
 from vas.rollouts.engines.vllm import completion_of, model_arguments, sampling_arguments

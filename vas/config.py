@@ -9,23 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from vas.choices import SCHEDULE, Linears
-from vas.errors import VasError, nearest
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
+from vas.configfile import Name, Section, read_config, validated
+from vas.errors import nearest
 
 Strengths = dict[str, float]
 
@@ -36,7 +28,7 @@ PLACES = {
 }
 
 
-class Base(_Section):
+class Base(Section):
     model: str
     """Hugging Face id, a local path, or a `bundled:` name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -54,7 +46,7 @@ class Base(_Section):
     """The model's name at that server; default `model`."""
 
 
-class Prompts(_Section):
+class Prompts(Section):
     source: str
     """Path or URI (.jsonl, .parquet, .txt, or a directory of them), or a `bundled:` name."""
     field: str | None = None
@@ -67,14 +59,14 @@ class Prompts(_Section):
     """Use only the first so many prompts."""
 
 
-class Reward(_Section):
+class Reward(Section):
     use: str
     """A built-in name (`vas rewards` lists them), `hf:MODEL`, or `python:module.function`."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the reward."""
 
 
-class Sampling(_Section):
+class Sampling(Section):
     temperature: float = Field(1.0, ge=0)
     """Of the base model; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -89,7 +81,7 @@ class Sampling(_Section):
     """Strings that end a response (left out of it)."""
 
 
-class Rollouts(_Section):
+class Rollouts(Section):
     samples_per_prompt: int = Field(8, gt=0)
     """Responses sampled for every prompt."""
     batch_size: int = Field(128, gt=0)
@@ -111,7 +103,7 @@ class Rollouts(_Section):
     """How often such a request is sent before its response counts as failed."""
 
 
-class Lora(_Section):
+class Lora(Section):
     rank: int = Field(16, gt=0)
     """Rank of the adapters."""
     alpha: int = Field(32, gt=0)
@@ -120,7 +112,7 @@ class Lora(_Section):
     """Layers that get one: all linear ones, or those whose names end like these."""
 
 
-class Value(_Section):
+class Value(Section):
     name: Name = "default"
     """Folder under `value/` in the run directory."""
     backbone: str | None = None
@@ -145,7 +137,7 @@ class Value(_Section):
         return self
 
 
-class Train(_Section):
+class Train(Section):
     td_lambda: float = Field(1.0, ge=0, le=1)
     """λ of TD(λ); 1 is Monte Carlo."""
     epochs: int = Field(2, gt=0)
@@ -187,7 +179,7 @@ class Train(_Section):
     deepspeed: dict[str, Any] | str = Field(default_factory=dict)
     """DeepSpeed JSON, or the location of a file of it, merged over ours. Batch sizes and the learning rate's
     course are the run's to say."""
-    track: list[Literal["tensorboard", "mlflow", "wandb"]] = ["tensorboard"]
+    track: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(["tensorboard"])
     """Where learning curves go; TensorBoard's files lie in `train/tensorboard`."""
 
     @model_validator(mode="after")
@@ -201,7 +193,7 @@ class Train(_Section):
         return self
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     best_of: list[Annotated[int, Field(gt=1)]] = Field(default_factory=lambda: [2, 4, 8])
     """N of best-of-N, at most rollouts.samples_per_prompt."""
     strengths: list[Strengths] = Field(default_factory=list)
@@ -231,7 +223,7 @@ class Evaluation(_Section):
     """Completions that the base model samples for each of them."""
 
 
-class Resources(_Section):
+class Resources(Section):
     """Where a run computes. Not part of its identity."""
 
     address: str | None = None
@@ -262,7 +254,7 @@ class Resources(_Section):
     """GPUs of a training worker."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run. `vas config show FILE` prints it with every default."""
 
     name: Name
@@ -340,112 +332,15 @@ class RunConfig(_Section):
         content = self.model_dump(mode="json", exclude={"resources": True, "runs_dir": True, **PLACES})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def yaml(self) -> str:
-        """The resolved config, every default spelled out."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a YAML config and apply `a.b=c` overrides (values are YAML).
 
     Raises VasError for a missing file, malformed YAML, an unknown key or a bad value.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise VasError(
-            f"cannot read the config: {error.strerror}", str(path), "check the path; configs/ has examples"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise VasError(
-            f"the config is not UTF-8 text: {error.reason} at byte {error.start}", str(path), "save it as UTF-8"
-        ) from None
-    try:
-        content = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise VasError(f"the config is not valid YAML: {_one_line(error)}", str(path)) from None
-    if not isinstance(content, dict):
-        raise VasError("the config must be a mapping of sections", str(path), "see configs/demo.yaml")
-    return parse_config(override(content, overrides), str(path))
-
-
-def override(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Apply `a.b=c` overrides to a config that is a mapping (changed in place). Raises VasError."""
-    for text in overrides:
-        _apply(content, text)
-    return content
+    return parse_config(read_config(path, overrides), str(path))
 
 
 def parse_config(content: dict[str, Any], where: str) -> RunConfig:
     """Check a config that is already a mapping; `where` names its source in errors."""
-    try:
-        return RunConfig.model_validate(content)
-    except ValidationError as error:
-        raise VasError(
-            "the config has " + (f"{error.error_count()} mistakes" if error.error_count() > 1 else "a mistake"),
-            where,
-            "\n         ".join(_explain(item) for item in error.errors()),
-        ) from None
-
-
-def _apply(content: dict[str, Any], override_: str) -> None:
-    """Set one dotted key of `content` in place."""
-    dotted, separator, text = override_.partition("=")
-    if not separator or not dotted:
-        raise VasError("an override must read key=value", f"--set {override_}", "e.g. --set train.lr=1e-4")
-    try:
-        value = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise VasError(f"the override's value is not valid YAML: {_one_line(error)}", f"--set {override_}") from None
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise VasError(f"'{parent}' is a value, not a section", f"--set {override_}")
-    content[last] = value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people mean the number."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would take for a number."""
-
-
-_EXPONENT = re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
-for _each in (_Loader, _Dumper):
-    _each.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _explain(item: Any) -> str:
-    """One pydantic error as `key: what is wrong`, with the nearest key for an unknown one."""
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key, {nearest(str(item['loc'][-1]), _keys_of(item['loc'][:-1]))}"
-    if item["type"] == "missing":
-        return f"{key}: this key is required"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if key else message
-
-
-def _keys_of(location: tuple[Any, ...]) -> list[str]:
-    """The keys allowed in the section at `location`."""
-    section: type[BaseModel] = RunConfig
-    for part in location:
-        field = section.model_fields.get(str(part))
-        if field is None:  # the name of an entry in a mapping of sections: rewards.NAME
-            continue
-        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                section = candidate
-    return list(section.model_fields)
+    return validated(RunConfig, content, where)

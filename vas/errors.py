@@ -26,6 +26,13 @@ class VasError(Exception):
         return "\n".join(lines)
 
 
+class EngineDied(Exception):
+    """An engine is beyond use, and so is its process: a fault of the device or of the engine's own worker.
+
+    What it was to do can be done by another process.
+    """
+
+
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """A sentence that suggests the nearest known name, or lists them all."""
     from difflib import get_close_matches

@@ -20,10 +20,15 @@ def sampler_pool(resources: Resources, batches: int) -> tuple[int, int]:
 
 
 def sampler_actors(resources: Resources) -> int:
-    """Sampler actors: as asked for, else as many as there is room for. Raises VasError if they don't fit."""
-    if resources.actors is None and resources.gpus_per_actor:
-        return max(1, int(ray.cluster_resources().get("GPU", 0) // resources.gpus_per_actor))
-    actors = resources.actors or max(1, model_cpus() // resources.cpus_per_actor)
+    """Sampler actors: as asked for, else as many as there is room for beside the reward actors.
+
+    Raises VasError if they don't fit.
+    """
+    room = model_cpus() // resources.cpus_per_actor
+    if resources.gpus_per_actor:
+        gpus = ray.cluster_resources().get("GPU", 0) - resources.reward_actors * resources.gpus_per_reward_actor
+        room = min(room, int(gpus // resources.gpus_per_actor))
+    actors = resources.actors or max(1, room)
     _refuse_if_larger(actors, resources.cpus_per_actor, "resources.actors x resources.cpus_per_actor")
     return actors
 

@@ -9,7 +9,7 @@ from fits import config_of, workers, write_rollouts
 from tiny import save_tiny_base
 from tools import ConfigMaker
 
-from vas.config import override
+from vas.configfile import override
 from vas.training.trainer import train
 
 

@@ -12,7 +12,8 @@ import torch
 from tools import ConfigMaker
 
 from vas import schema
-from vas.config import RunConfig, override, parse_config
+from vas.config import RunConfig, parse_config
+from vas.configfile import override
 from vas.models.value import ValueModel
 
 PROMPTS, SAMPLES, EPOCHS = 27, 3, 2

@@ -18,7 +18,7 @@ from vas.decoding.runner import ModelRunner
 from vas.decoding.sampler import draw, policy
 from vas.decoding.scheduler import Scheduler
 from vas.decoding.scorer import Scorer
-from vas.decoding.sequence import Completion, Drawn, Request, Sequence, Token
+from vas.decoding.sequence import Completion, Drawn, Request, Score, Sequence, Token
 from vas.errors import VasError, nearest
 from vas.models.base import BaseModel
 
@@ -75,7 +75,9 @@ class Engine:
         where = request.request_id
         if not request.prompt_token_ids:
             raise VasError("the prompt is empty", where, "give at least one token")
-        named = (*request.prompt_token_ids, *request.sampling.logit_bias)
+        if len(request.begun) >= request.sampling.max_tokens:
+            raise VasError(f"the response has {len(request.begun)} tokens already", where, "raise max_tokens")
+        named = (*request.prompt_token_ids, *request.begun, *request.sampling.logit_bias)
         for token in (min(named), max(named)):
             if not 0 <= token < self._vocab:  # would take every running sequence down with it
                 raise VasError(f"token id {token} is outside the vocabulary", where)
@@ -115,7 +117,9 @@ class Engine:
         if request.request_id in self._completions:
             raise VasError(f"request id '{request.request_id}' is in use already")
         text = Detokenizer(self._base.tokenizer, request.sampling.stop)
-        sequence = Sequence(request, self._added, Completion(request.request_id), text)
+        for token in request.begun:
+            text.push(token)  # has been released where it was sampled
+        sequence = Sequence(request, self._added, Completion(request.request_id), text, list(request.begun))
         self._completions[request.request_id] = sequence.completion
         self._scheduler.waiting.append(sequence)
         self._added += 1
@@ -159,6 +163,10 @@ class Engine:
         finally:
             del self._streams[request.request_id]
             self.abort(request.request_id)
+
+    def completion(self, request_id: str) -> Completion:
+        """What a request under way has come to."""
+        return self._completions[request_id]
 
     def take(self, request_id: str) -> Completion:
         """Hand over a finished completion."""
@@ -232,11 +240,12 @@ class Engine:
             guided_BV = self._guide(sequences, base_BV)
         with self.clock.part("sample"):
             drawn = draw(sequences, base_BV, guided_BV)
+            scores = self._guide.scores(sequences, [each.token for each in drawn])
         tokens = []
-        for sequence, each in zip(sequences, drawn, strict=True):
+        for b, (sequence, each) in enumerate(zip(sequences, drawn, strict=True)):
             sequence.response.append(each.token)
             if sequence.block is None:
-                tokens.append(self._take_in(sequence, each))
+                tokens.append(self._take_in(sequence, each, scores.get(b)))
             else:
                 sequence.pending.append(each)
                 sequence.resting = self._has_its_share(sequence, each.token)
@@ -305,21 +314,20 @@ class Engine:
             sequence.completion.base_positions += 1
         return logits_BV
 
-    def _take_in(self, sequence: Sequence, drawn: Drawn) -> Token:
+    def _take_in(self, sequence: Sequence, drawn: Drawn, scores: dict[str, Score] | None = None) -> Token:
         """Add a token to its request's completion; a finished sequence leaves at once."""
         request, completion, text = sequence.request, sequence.completion, sequence.text
         fresh = text.push(drawn.token)
         reason = None
         if drawn.token in self._base.eos_token_ids or text.stopped:
             reason = "stop"
-        elif len(completion.token_ids) + 1 == request.sampling.max_tokens:
+        elif len(request.begun) + len(completion.token_ids) + 1 == request.sampling.max_tokens:
             reason = "length"
         if reason:
             fresh += text.push(None)
             self._leave(sequence)
-        token = Token(
-            request.request_id, drawn.token, fresh, drawn.logprob, drawn.guided_logprob, drawn.kl, drawn.top, reason
-        )
+        figures = drawn.logprob, drawn.guided_logprob, drawn.kl, drawn.top
+        token = Token(request.request_id, drawn.token, fresh, *figures, reason, scores or {})
         completion.add(token)
         return token
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vas import guidance
 from vas.decoding.clock import Clock
 from vas.decoding.scorer import ScoreBatch, Scorer
-from vas.decoding.sequence import Request, Sequence
+from vas.decoding.sequence import Request, Score, Sequence
 from vas.errors import VasError
 
 LAG = 128  # tokens that a scorer may have missed and still read beside the candidates
@@ -37,6 +37,9 @@ class Guide:
                 if name in self.objectives:
                     raise VasError(f"two value models bring the objective '{name}'", scorer.name, "name them apart")
                 self.objectives[name] = len(self.objectives)
+        self._relative = {name for scorer in scorers if scorer.relative for name in scorer.objectives}
+        self._last: tuple[list[int], Tensor, Tensor, Tensor, Tensor] | None = None
+        """The last step: its guided rows, candidates and which of them count, values and advantages."""
 
     def scorers_of(self, request: Request) -> list[Scorer]:
         """The scorers that a request's objectives need."""
@@ -45,6 +48,7 @@ class Guide:
     def __call__(self, sequences: Many[Sequence], base_BV: Tensor) -> Tensor:
         """log π of every sequence's next token [B, V]; the rows without guidance are π0's."""
         rows = self.wanted(sequences, base_BV)
+        self._last = None
         if not rows:
             return base_BV
         every = len(rows) == len(sequences)
@@ -59,11 +63,31 @@ class Guide:
         values = self.values(sequences, rows, tokens, valid, strengths)
         mean = torch.tensor([p.baseline == "mean" for p in params])
         advantage = guidance.advantages(values, policy.gather(1, tokens), valid, mean)
+        self._last = rows, tokens, valid, values, advantage
         drop = torch.tensor([p.outside == "drop" for p in params])
         result = guidance.combine(policy, tokens, valid, advantage, strengths, drop)
         for b in rows:
             sequences[b].completion.guided_steps += 1
         return result if every else base_BV.index_copy(0, torch.tensor(rows, device=device), result)
+
+    def scores(self, sequences: Many[Sequence], drawn: Many[int]) -> dict[int, dict[str, Score]]:
+        """What the value models say of the tokens drawn after the last call, for each row that was guided."""
+        if self._last is None:
+            return {}
+        rows, tokens_RK, valid_RK, *figures = self._last
+        chosen_R1 = torch.tensor([[drawn[b]] for b in rows], device=tokens_RK.device)
+        here_RK = (tokens_RK == chosen_R1) & valid_RK
+        scored = here_RK.any(-1).tolist()
+        place_R11 = here_RK.int().argmax(-1)[:, None, None]
+        values, advantages = (each.gather(1, place_R11.expand(-1, -1, each.shape[2])).tolist() for each in figures)
+        found: dict[int, dict[str, Score]] = {}
+        for r, b in enumerate(rows):
+            found[b] = {}
+            for name in sequences[b].request.guidance.active:
+                j = self.objectives[name]
+                value = values[r][0][j] if scored[r] and name not in self._relative else None
+                found[b][name] = Score(value, advantages[r][0][j] if scored[r] else 0.0)
+        return found
 
     def wanted(self, sequences: Many[Sequence], base_BV: Tensor) -> list[int]:
         """Rows whose schedule wants guidance at this step."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
 from numbers import Integral
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from vas.choices import SCHEDULE
@@ -135,6 +136,11 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     guidance: GuidanceParams = field(default_factory=GuidanceParams)
+    begun: tuple[int, ...] = ()
+    """Tokens that the response has already, from an engine that is gone; it goes on as it would have there.
+
+    They count towards `max_tokens`; a completion has those alone that come after them.
+    """
 
 
 class Drawn(NamedTuple):
@@ -145,6 +151,15 @@ class Drawn(NamedTuple):
     guided_logprob: float
     kl: float
     top: tuple[tuple[int, float, float], ...] = ()
+
+
+class Score(NamedTuple):
+    """What a value model says of a token that was drawn, for one objective."""
+
+    value: float | None
+    """V of the state after it; None if the value model only compares tokens, or the token was no candidate."""
+    advantage: float
+    """A of the token, 0 if it was no candidate."""
 
 
 @dataclass(slots=True)
@@ -165,6 +180,8 @@ class Token:
     """The likeliest tokens under π, each with its log π0 and log π; as many as the request's `logprobs`."""
     finish_reason: str | None = None
     """stop | length, on the last token."""
+    scores: dict[str, Score] = field(default_factory=dict)
+    """For each objective that had a say in the step; empty under the schedule `block`."""
 
 
 @dataclass(slots=True)
@@ -191,6 +208,14 @@ class Completion:
 
     top: list[tuple[tuple[int, float, float], ...]] = field(default_factory=list)
     """Each step's likeliest tokens, if the request wants any: see `Token.top`."""
+    lost_steps: int = 0
+    """Steps that a value model was to have a say in, but could not be reached for; they were π0's."""
+    _values: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def mean_values(self) -> dict[str, float]:
+        """For each objective, V after the response's tokens on average, in standard deviations of the reward."""
+        return {name: fmean(values) for name, values in self._values.items()}
 
     def scored(self, scorer: str, positions: int) -> None:
         """Count positions run through a scorer."""
@@ -205,6 +230,9 @@ class Completion:
         self.kl += token.kl
         if token.top:
             self.top.append(token.top)
+        for name, score in token.scores.items():
+            if score.value is not None:
+                self._values.setdefault(name, []).append(score.value)
         self.finish_reason = token.finish_reason or ""
 
 

@@ -24,6 +24,7 @@ from vas.rollouts.stored import pending
 logger = logging.getLogger(__name__)
 
 CALLS = 2  # batches in an actor at once: what one leaves free, the other fills
+CUT_TOGETHER = 1024  # batches that one task cuts apart
 RETRIES = 3  # of a batch whose process died, before what is left is planned anew; Ray Data itself never gives up
 FRUITLESS_PASSES = 2  # that end in lost processes without a batch finished, before we give up
 LOST = (
@@ -116,8 +117,9 @@ def _sampled(
 
 
 def _dataset(work: pa.Table) -> ray.data.Dataset:
-    """A block a batch."""
-    return ray.data.from_arrow([work.slice(row, 1) for row in range(len(work))])
+    """A block a batch; blocks are cut as they are needed, for Ray takes milliseconds to be given one."""
+    parts = [work.slice(row, CUT_TOGETHER) for row in range(0, len(work), CUT_TOGETHER)]
+    return ray.data.from_arrow(parts).repartition(target_num_rows_per_block=1)
 
 
 def _commit_all(
@@ -131,7 +133,7 @@ def _commit_all(
         compute=ray.data.ActorPoolStrategy(size=resources.reward_actors),
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=0.5 / resources.reward_actors,
+        num_cpus=0,  # the CPU that is kept for light work is what Ray Data's own cutting of blocks asks for
         num_gpus=resources.gpus_per_reward_actor,
         max_task_retries=RETRIES,
     )

@@ -15,9 +15,9 @@ import pyarrow as pa
 from vas import schema
 from vas.config import RunConfig
 from vas.digests import digest
-from vas.errors import VasError
+from vas.errors import EngineDied, VasError
 from vas.rollouts import stored
-from vas.rollouts.engines.interface import EngineDied, SamplingEngine
+from vas.rollouts.engines.interface import SamplingEngine
 from vas.rollouts.plan import Job, Plan
 
 if TYPE_CHECKING:  # torch loads in the actors, not in the driver

@@ -8,6 +8,8 @@ before it and removed after a file without any; a mark too many costs a look, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +20,7 @@ from vas.errors import VasError
 from vas.rollouts.plan import Plan
 
 SUFFIX = ".parquet"
+LOOKS = 16  # into files at once
 _MARK = "_failed-"  # what begins with an underscore is no committed file
 
 WORK_SCHEMA = pa.schema(
@@ -39,6 +42,9 @@ def pending(plans: Sequence[Plan], sequences: int, location: str) -> tuple[pa.Ta
     found = [file.rpartition("/")[2] for file in storage.list_files(location, hidden=True)]
     names = {file.removesuffix(SUFFIX) for file in found if file.endswith(SUFFIX) and file[0] not in "._"}
     failed = {file.removeprefix(_MARK) for file in found if file.startswith(_MARK)} & names
+    with ThreadPoolExecutor(LOOKS) as threads:  # a look may be a request to S3
+        names_failed = sorted(failed)
+        failures = dict(zip(names_failed, threads.map(partial(_failed_rows, location), names_failed), strict=True))
     rows: list[tuple[int, int, str, bool]] = []
     responses, known = 0, 0
     for number, plan in enumerate(plans):
@@ -47,8 +53,8 @@ def pending(plans: Sequence[Plan], sequences: int, location: str) -> tuple[pa.Ta
             known += name in names
             if name not in names:
                 responses += plan.size(batch, sequences)
-            elif name in failed and (left := _failed_rows(location, name)):
-                responses += left
+            elif failures.get(name):
+                responses += failures[name]
             else:
                 continue
             rows.append((number, batch, name, name in names))

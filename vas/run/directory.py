@@ -14,7 +14,8 @@ from typing import Any
 
 import vas
 from vas import storage
-from vas.config import RunConfig, override, parse_config
+from vas.config import RunConfig, parse_config
+from vas.configfile import override
 from vas.errors import VasError, nearest
 from vas.run import lock
 

@@ -6,10 +6,9 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from vas.decoding.faults import alone, describe, is_fatal
 from vas.decoding.sequence import Completion, Request
-from vas.errors import VasError
-from vas.rollouts.engines.faults import alone, describe, is_fatal
-from vas.rollouts.engines.interface import EngineDied
+from vas.errors import EngineDied, VasError
 
 logger = logging.getLogger(__name__)
 

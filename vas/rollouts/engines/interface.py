@@ -47,13 +47,6 @@ class SamplingEngine(Protocol):
         ...
 
 
-class EngineDied(Exception):
-    """The engine is beyond use, and so is its process: a fault of the device or of the engine's own worker.
-
-    What it was to sample can be sampled by another process.
-    """
-
-
 def generate_checked(
     check: Callable[[Request], None],
     generate: Callable[[Sequence[Request]], Sequence[Completion | VasError]],

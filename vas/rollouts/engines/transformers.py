@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from vas.config import RunConfig
 from vas.decoding.engine import Engine
+from vas.decoding.loop import Loop
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import Completion, Request
 from vas.errors import VasError
@@ -13,7 +14,6 @@ from vas.models.base import BaseModel, load_base, set_threads
 from vas.models.rates import product_rate
 from vas.models.value import ValueModel, check_tokenizers
 from vas.rollouts.engines.interface import generate_checked
-from vas.rollouts.engines.loop import Loop
 
 
 class TransformersEngine:

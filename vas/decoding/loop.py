@@ -13,50 +13,94 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import torch
 
 from vas.decoding.engine import Engine
-from vas.decoding.sequence import Completion, Request
-from vas.errors import VasError
-from vas.rollouts.engines.faults import alone, describe, is_fatal, is_memory
-from vas.rollouts.engines.interface import EngineDied
+from vas.decoding.faults import alone, describe, is_fatal, is_memory
+from vas.decoding.sequence import Completion, Request, Token
+from vas.errors import EngineDied, VasError
 
 logger = logging.getLogger(__name__)
 
 GROW_AFTER = 64  # steps that went well, before twice as many requests run at once again
 
+T = TypeVar("T")
 Result = Completion | VasError
+Listener = Callable[[Token, Completion], None]
+"""Told of each token, with the completion so far, in the loop's thread."""
 
 
 class Loop:
-    """Decodes the requests of many callers at once.
+    """Decodes the requests of many callers at once. All methods may be called from any thread.
 
     make: gives the engine; it is called in the loop's own thread, for torch counts its threads by the caller.
+    after: is called after each step, in that thread too, with how many tokens the step made and its seconds.
     """
 
-    def __init__(self, make: Callable[[], Engine]) -> None:
-        self._inbox: queue.SimpleQueue[tuple[Request, Future[Result]]] = queue.SimpleQueue()
+    def __init__(self, make: Callable[[], Engine], after: Callable[[int, float], None] | None = None) -> None:
+        self._inbox: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]]] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Result]] = {}
+        self._listeners: dict[str, Listener] = {}
         self._seconds: dict[str, float] = {}
+        self._after = after
         self._good = 0
         self.positions, self.busy_seconds = 0, 0.0
         """Token positions that the base model has run, and the time that steps took."""
+        self.death: EngineDied | None = None
+        """Why no call can succeed any more."""
         ready: Future[Engine] = Future()
         threading.Thread(target=self._run, args=(make, ready), daemon=True, name="engine loop").start()
         self.engine = ready.result()
         self._most = self._limit = self.engine.max_sequences
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
-        """A completion or, for a request that fails alone, a VasError, in order. Several threads may call it.
+        """A completion or, for a request that fails alone, a VasError, in order.
 
         Raises EngineDied if the engine can't go on; no call succeeds after that.
         """
-        futures: list[Future[Result]] = []
-        for request in requests:
-            futures.append(Future())
-            self._inbox.put((request, futures[-1]))
+        futures = [self.submit(request) for request in requests]
         return [future.result() for future in futures]
+
+    def submit(self, request: Request, listener: Listener | None = None) -> Future[Result]:
+        """Begin to decode a request; the future has what `generate` returns or raises."""
+        result: Future[Result] = Future()
+
+        def add(engine: Engine) -> None:
+            try:
+                engine.add(request)
+            except VasError as error:
+                result.set_result(error)
+                return
+            self._waiting[request.request_id] = result
+            if listener is not None:
+                self._listeners[request.request_id] = listener
+
+        self._inbox.put((add, result))
+        return result
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request before the next step, wherever it is; its future stays without a result."""
+
+        def drop(engine: Engine) -> None:
+            engine.abort(request_id)
+            self._forget(request_id)
+
+        self._inbox.put((drop, Future()))
+
+    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+        """Do something else with the engine between two steps."""
+        result: Future[T] = Future()
+
+        def run(engine: Engine) -> None:
+            try:
+                result.set_result(function(engine))
+            except Exception as error:
+                result.set_exception(error)
+
+        self._inbox.put((run, result))
+        return result
 
     def _run(self, make: Callable[[], Engine], ready: Future[Engine]) -> None:
         try:
@@ -66,25 +110,17 @@ class Loop:
             return
         ready.set_result(engine)
         while True:
-            self._take_in(engine)
+            while not engine.busy or not self._inbox.empty():  # wait while there is nothing to decode
+                self._inbox.get()[0](engine)
             try:
                 self._step(engine)
             except EngineDied as death:
+                self.death = death
                 for future in self._waiting.values():
                     future.set_exception(death)
                 self._waiting.clear()
                 while True:  # whoever still asks is told
                     self._inbox.get()[1].set_exception(death)
-
-    def _take_in(self, engine: Engine) -> None:
-        """Queue what has been asked for; wait for it while there is nothing to decode."""
-        while not engine.busy or not self._inbox.empty():
-            request, future = self._inbox.get()
-            try:
-                engine.add(request)
-                self._waiting[request.request_id] = future
-            except VasError as error:
-                future.set_result(error)
 
     def _step(self, engine: Engine) -> None:
         started = time.perf_counter()
@@ -96,15 +132,26 @@ class Loop:
         seconds = time.perf_counter() - started
         self.busy_seconds += seconds
         for token in tokens:
-            self._seconds[token.request_id] = self._seconds.get(token.request_id, 0.0) + seconds / len(tokens)
+            name = token.request_id
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds / len(tokens)
+            if listener := self._listeners.get(name):
+                listener(token, engine.completion(name))
             if token.finish_reason:
-                done = engine.take(token.request_id)
-                done.seconds = self._seconds.pop(token.request_id)
+                done = engine.take(name)
+                done.seconds = self._seconds[name]
                 self.positions += done.base_positions
-                self._waiting.pop(token.request_id).set_result(done)
+                self._forget(name).set_result(done)
+        if self._after is not None:
+            self._after(len(tokens), seconds)
         self._good += 1
         if engine.max_sequences < self._most and self._good >= GROW_AFTER:
             self._allow(engine, 2 * engine.max_sequences)
+
+    def _forget(self, request_id: str) -> Future[Result]:
+        """Nothing more is to be done for a request, but to set its result."""
+        self._seconds.pop(request_id, None)
+        self._listeners.pop(request_id, None)
+        return self._waiting.pop(request_id, Future())
 
     def _mend(self, engine: Engine, error: Exception) -> None:
         """Go on with fewer at once, or without the one that fails alone. Raises EngineDied if that is no use."""
@@ -120,8 +167,7 @@ class Loop:
             engine.abort(ran[0])
             if memory:
                 self._most = self._limit  # it was this one that the others had no room beside
-            self._seconds.pop(ran[0], None)
-            self._waiting.pop(ran[0]).set_result(alone(error, ran[0]))
+            self._forget(ran[0]).set_result(alone(error, ran[0]))
             self._allow(engine, self._most)
         if memory:
             error.__traceback__ = None  # its frames hold tensors
