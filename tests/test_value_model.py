@@ -284,8 +284,8 @@ def test_different_tokenizers_are_an_error_that_names_both():
     model = tiny_value("llama", ("positive",))
     ours, other = tokenizer_digest(tiny_tokenizer()), tokenizer_digest(tiny_tokenizer("<|stop|>"))
     assert ours != other
-    check_tokenizers(model, "tiny-llama", ours)
+    check_tokenizers(model.config, "tiny-llama", ours)
     with pytest.raises(VasError, match="different tokenizers") as caught:
-        check_tokenizers(model, "another-model", other)
+        check_tokenizers(model.config, "another-model", other)
     for part in ("tiny-llama", ours, "another-model", other):
         assert part in str(caught.value)

@@ -44,13 +44,18 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
         raise VasError(
             f"the config is not UTF-8 text: {error.reason} at byte {error.start}", str(path), "save it as UTF-8"
         ) from None
-    try:
-        content = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise VasError(f"the config is not valid YAML: {_one_line(error)}", str(path)) from None
+    content = read_yaml(text, str(path))
     if not isinstance(content, dict):
         raise VasError("the config must be a mapping of sections", str(path), "see configs/demo.yaml")
     return override(content, overrides)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """What YAML says; `where` names its source in the VasError that is raised if it is malformed."""
+    try:
+        return _read_yaml(text)
+    except yaml.YAMLError as error:
+        raise VasError(f"the config is not valid YAML: {_one_line(error)}", where) from None
 
 
 def override(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

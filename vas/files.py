@@ -142,6 +142,13 @@ def read_version(location: str) -> tuple[bytes, str] | None:
     return (read_bytes(location), "") if exists(location) else None
 
 
+def identity(location: str) -> tuple[str, int, int]:
+    """A file's name, size in bytes and time of its last change: other content has another one."""
+    fs, path = filesystem(location)
+    info = fs.get_file_info(path)
+    return info.base_name, info.size or 0, info.mtime_ns or 0
+
+
 def write_bytes(location: str, content: bytes) -> None:
     """Write a whole file, atomically: readers see the old one or the new one, never half of it."""
     if location.startswith("s3://"):

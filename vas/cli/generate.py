@@ -77,7 +77,7 @@ def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel, Engine]:
     if not run.done("train"):
         raise VasError("the run has no finished value model", run.location, f"vas run {run.location}")
     value = ValueModel.load(run.value, base.model.device)
-    check_tokenizers(value, base.name, base.tokenizer_digest)
+    check_tokenizers(value.config, base.name, base.tokenizer_digest)
     scorer = make_scorer(run.config.value.name, value, linears, free=True)
     return base, Engine(base, [scorer], linears=linears, free=True)
 

@@ -125,6 +125,43 @@ def generate(
     generate_text(run, prompt, strengths, samples, temperature, max_tokens, candidates, schedule, seed, plain)
 
 
+@app.command(
+    epilog="Example: `vas serve runs/demo`, then point any OpenAI client at http://127.0.0.1:8000/v1 and add "
+    '`extra_body={"guidance": {"objectives": {"positive": 4}}}`.'
+)
+def serve(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|CONFIG", help="A trained run, or a YAML file of Serving's keys.")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a key, e.g. `--set placement=deployment`. Repeatable."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+) -> None:
+    """Serve a run's models behind an OpenAI-compatible endpoint, until Ctrl-C."""
+    from vas.cli.serve import serve_forever
+
+    serve_forever(target, set_ or [], host, port)
+
+
+@app.command("key", epilog="Example: `vas key alice >> keys.yaml`, and `--set gate.keys=keys.yaml`")
+def new_key(name: Annotated[str, typer.Argument(help="Whose key it is; stands in logs and metrics.")]) -> None:
+    """Make an API key: the key itself goes to the terminal, its entry for the keys file to the output."""
+    from vas.serving.keys import Key
+    from vas.serving.keys import new_key as make
+
+    key, digest = make()
+    entry = Key(name=name, sha256=digest)
+    console.print(f"The key, shown this once: [bold]{key}[/bold]", highlight=False)
+    print(f"  - name: {entry.name}\n    sha256: {entry.sha256}")
+
+
 @app.command(epilog="Example: `vas rewards`")
 def rewards() -> None:
     """List the built-in rewards and their parameters."""

@@ -188,6 +188,16 @@ class Engine:
         return self._scheduler.busy
 
     @property
+    def running(self) -> int:
+        """Requests being decoded."""
+        return sum(sequence.fork == 0 for sequence in self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._scheduler.waiting)
+
+    @property
     def max_sequences(self) -> int:
         """How many requests are decoded at once; a lower number lets those that run already finish."""
         return self._scheduler.max_sequences

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vas import guidance
 from vas.decoding.clock import Clock
-from vas.decoding.scorer import ScoreBatch, Scorer
+from vas.decoding.scorer import InProcess, ScoreBatch, Scorer, ScorerUnreachable
 from vas.decoding.sequence import Request, Score, Sequence
 from vas.errors import VasError
 
@@ -126,7 +126,8 @@ class Guide:
         values = torch.zeros(*tokens_BK.shape, len(self.objectives), device=tokens_BK.device)
         guided = set(rows)
         with self._clock.part("value"):
-            for scorer in self._scorers:
+            asked = []
+            for scorer in sorted(self._scorers, key=lambda scorer: isinstance(scorer, InProcess)):
                 users = [
                     b
                     for b, s in enumerate(sequences)
@@ -139,18 +140,24 @@ class Guide:
                 self._catch_up(scorer, [sequences[b] for b in users], unread)
                 first = self.objectives[scorer.objectives[0]]
                 own = slice(first, first + len(scorer.objectives))
-                scored, positions = scorer.score(
-                    ScoreBatch(
-                        sequences=[sequences[b].owner for b in users],
-                        taken=[self._unread(sequences[b], scorer, unread) for b in users],
-                        rows=[place[rows[i]] for i in asking],
-                        candidates_BK=tokens_BK[asking],
-                        valid_BK=valid_BK[asking],
-                        strengths_BJ=strengths_BJ[asking, own],
-                        soft_B=torch.tensor([sequences[rows[i]].request.guidance.value == "soft" for i in asking]),
-                    )
+                batch = ScoreBatch(
+                    sequences=[sequences[b].owner for b in users],
+                    taken=[self._unread(sequences[b], scorer, unread) for b in users],
+                    rows=[place[rows[i]] for i in asking],
+                    candidates_BK=tokens_BK[asking],
+                    valid_BK=valid_BK[asking],
+                    strengths_BJ=strengths_BJ[asking, own],
+                    soft_B=torch.tensor([sequences[rows[i]].request.guidance.value == "soft" for i in asking]),
                 )
-                values[asking, :, own] = scored.to(values)
+                asked.append((scorer, users, asking, own, scorer.score(batch)))
+            for scorer, users, asking, own, answer in asked:
+                try:
+                    scored, positions = answer()
+                    values[asking, :, own] = scored.to(values)
+                except ScorerUnreachable:
+                    positions = [0] * len(users)
+                    for i in asking:
+                        sequences[rows[i]].completion.lost_steps += 1
                 for b, count in zip(users, positions, strict=True):
                     sequences[b].read[scorer.name] = len(sequences[b]) - unread
                     sequences[b].completion.scored(scorer.name, count)

@@ -8,8 +8,9 @@ token is ever run twice. `VocabScorer` is for value models that score all tokens
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from vas.choices import Linears
 from vas.decoding.attention import Pass
 from vas.decoding.runner import ModelRunner
+from vas.errors import VasError
 from vas.models.value import ValueModel
 
 
@@ -39,6 +41,14 @@ class ScoreBatch:
     """β of this scorer's objectives, for soft values."""
     soft_B: Tensor
     """Rows that want soft values."""
+
+
+Answer = tuple[Tensor, list[int]]
+"""Values [B, K, J] in reward standard deviations, and positions run for each of a batch's `sequences`."""
+
+
+class ScorerUnreachable(Exception):
+    """A scorer outside of this process gives no answer now; it may know the sequences again at the next step."""
 
 
 class Scorer(Protocol):
@@ -72,8 +82,11 @@ class Scorer(Protocol):
         """Read more of the sequences' prompts."""
         ...
 
-    def score(self, batch: ScoreBatch) -> tuple[Tensor, list[int]]:
-        """Values [B, K, J] in reward standard deviations, and positions run for each of `sequences`."""
+    def score(self, batch: ScoreBatch) -> Callable[[], Answer]:
+        """Begin to score; what is returned gives the answer, and raises ScorerUnreachable if there is none.
+
+        So several scorers outside of this process compute at the same time.
+        """
         ...
 
     def close(self, sequence: Hashable) -> None:
@@ -81,7 +94,7 @@ class Scorer(Protocol):
         ...
 
 
-class _InProcess:
+class InProcess:
     """What scorers share that run a value model here: the model, and the KV of the sequences' prefixes.
 
     linears, free: as the engine's, for the value model's backbone.
@@ -105,6 +118,10 @@ class _InProcess:
         """Hold at most so many tokens of KV."""
         self._runner.cache.limit = kv_tokens
 
+    def fits(self, sequences: int, longest: int) -> bool:
+        """Whether the KV of so many sequences of up to so many tokens stays within the limit."""
+        return self._runner.cache.fits(sequences, longest)
+
     def open(self, sequence: Hashable) -> None:
         """Give the sequence a row of the cache."""
         self._runner.cache.add(sequence)
@@ -121,8 +138,27 @@ class _InProcess:
         """Free the sequence's KV."""
         self._runner.cache.free(sequence)
 
+    def score(self, batch: ScoreBatch) -> Callable[[], Answer]:
+        """Score here and now, when the answer is asked for."""
+        return partial(self.answer, batch)
 
-class ValueScorer(_InProcess):
+    def answer(self, batch: ScoreBatch) -> Answer:
+        """Values of a batch's candidates."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def values(self, token_ids: Sequence[int]) -> Tensor:
+        """V after each token of a sequence of its own, in reward standard deviations: [T, J].
+
+        Raises VasError if the value model only compares tokens.
+        """
+        if self.relative:
+            raise VasError("this value model only compares next tokens; it has no values of texts", self.name)
+        with self._runner.sequences(1) as owners:
+            return self._model.values(self._model.outputs(self._runner.extend(owners, [token_ids])))
+
+
+class ValueScorer(InProcess):
     """A value model in this process, run on every candidate."""
 
     def __init__(self, name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> None:
@@ -137,7 +173,7 @@ class ValueScorer(_InProcess):
         return super().kv_bytes + sum(states.nbytes for where in passes for states in where.branches)
 
     @torch.inference_mode()
-    def score(self, batch: ScoreBatch) -> tuple[Tensor, list[int]]:
+    def answer(self, batch: ScoreBatch) -> Answer:
         """One tree-masked pass; see the module's text."""
         missed = self._keep_taken(batch)
         valid = batch.valid_BK.cpu().numpy()
@@ -194,13 +230,13 @@ class ValueScorer(_InProcess):
         self._offered.pop(sequence, None)
 
 
-class VocabScorer(_InProcess):
+class VocabScorer(InProcess):
     """A value model with vocab heads in this process: a step runs the taken token alone, whatever k is."""
 
     relative = True
 
     @torch.inference_mode()
-    def score(self, batch: ScoreBatch) -> tuple[Tensor, list[int]]:
+    def answer(self, batch: ScoreBatch) -> Answer:
         """One pass over the taken tokens; candidates are looked up in its last states."""
         output_NH = self._runner.extend(batch.sequences, batch.taken)
         counts = [len(taken) for taken in batch.taken]
@@ -209,6 +245,6 @@ class VocabScorer(_InProcess):
         return self._model.next_values(outputs, batch.candidates_BK.to(output_NH.device)), counts
 
 
-def make_scorer(name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> Scorer:
+def make_scorer(name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> InProcess:
     """The scorer that a value model's heads need; see `ModelRunner` for linears and free."""
     return (VocabScorer if model.scores_vocabulary else ValueScorer)(name, model, linears, free)

@@ -80,6 +80,9 @@ class GuidanceParams:
     schedule: str = "token"
     """Which steps are guided: `token`, all; `entropy:h`, those where π0's entropy exceeds h nats; `block:b`, a
     choice between as many continuations of b tokens as there are `candidates`."""
+    on_error: Literal["fail", "unguided"] = "fail"
+    """Whether a response whose value model cannot be reached fails, or goes on as π0's. Callers see to it: the engine
+    counts `Completion.lost_steps`."""
 
     @classmethod
     def of(cls, evaluation: config.Evaluation, strengths: config.Strengths) -> GuidanceParams:

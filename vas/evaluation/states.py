@@ -41,7 +41,7 @@ def state_values(config: RunConfig, location: str, states: list[Tokens], final: 
     set_threads(config.resources.cpus_per_actor)
     base = load_base(config.base, "cuda" if config.resources.gpus_per_actor else "cpu")
     model = ValueModel.load(location, base.model.device)
-    check_tokenizers(model, base.name, base.tokenizer_digest)
+    check_tokenizers(model.config, base.name, base.tokenizer_digest)
     base_runner = ModelRunner(base.model, config.base.linears, free=True)
     value_runner = ModelRunner(model.backbone, config.base.linears, free=True)
     values, spreads = [], []

@@ -206,7 +206,7 @@ class ValueModel(PreTrainedModel):
         """New heads on the backbone of another value model, which stays as it is."""
         old = cls.load(location)
         check_extension(old.config, location, [objective["name"] for objective in objectives], head)
-        check_tokenizers(old, str(about.get("base_model", "of this run")), tokenizer_digest(tokenizer))
+        check_tokenizers(old.config, str(about.get("base_model", "of this run")), tokenizer_digest(tokenizer))
         model = cls(ValueModelConfig(**(old.config.to_dict() | {"objectives": objectives} | about)))
         model.backbone = old.backbone
         model.reset_heads()
@@ -315,13 +315,12 @@ def check_extension(old: ValueModelConfig, location: str, objectives: Sequence[s
         )
 
 
-def check_tokenizers(model: ValueModel, base_name: str, base_digest: str) -> None:
+def check_tokenizers(config: ValueModelConfig, base_name: str, base_digest: str) -> None:
     """Guidance by token id needs one vocabulary. Raises VasError that names both models otherwise."""
-    if model.config.tokenizer_digest != base_digest:
+    if config.tokenizer_digest != base_digest:
         raise VasError(
             "the value model and the base model have different tokenizers, so token ids mean different things",
-            f"value model of {model.config.base_model} ({model.config.tokenizer_digest}), "
-            f"base model {base_name} ({base_digest})",
+            f"value model of {config.base_model} ({config.tokenizer_digest}), base model {base_name} ({base_digest})",
             "train the value model on a backbone that shares the base model's tokenizer",
         )
 

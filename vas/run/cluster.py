@@ -35,10 +35,10 @@ FORWARDED = (
 
 
 @contextmanager
-def ray_cluster(resources: Resources) -> Iterator[None]:
+def ray_cluster(resources: Resources, spare_cpus: int = 1) -> Iterator[None]:
     """Ray for the time of the block; a cluster that was joined is left running.
 
-    On this machine we give Ray one logical CPU more than there are cores: reading, scoring
+    On this machine we give Ray one logical CPU more than there are cores, or `spare_cpus`: reading, scoring
     and writing are light, and the cores are the models'.
     """
     environment = WORKER_ENVIRONMENT | {name: os.environ[name] for name in FORWARDED if name in os.environ}
@@ -54,7 +54,8 @@ def ray_cluster(resources: Resources) -> Iterator[None]:
         else:
             os.environ.update(LOCAL_ENVIRONMENT | environment)  # the workers inherit it, and need no runtime_env agent
             ray.init(
-                num_cpus=(resources.num_cpus or os.cpu_count() or 1) + 1,
+                "local",  # not one that somebody else has begun on this machine
+                num_cpus=(resources.num_cpus or os.cpu_count() or 1) + spare_cpus,
                 object_store_memory=resources.object_store_memory,
                 include_dashboard=False,
                 log_to_driver=False,

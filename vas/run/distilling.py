@@ -33,7 +33,7 @@ def distill_run(location: str, name: str = "vocab", epochs: int | None = None) -
     quieten()
     base = load_base(run.config.base)
     teacher = ValueModel.load(run.value, base.model.device)
-    check_tokenizers(teacher, base.name, base.tokenizer_digest)
+    check_tokenizers(teacher.config, base.name, base.tokenizer_digest)
     if teacher.scores_vocabulary:
         raise VasError("the value model has vocab heads already", run.value, "there is nothing to distil")
     rows = training_rows(run)

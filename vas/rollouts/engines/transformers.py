@@ -57,7 +57,7 @@ def _engine(config: RunConfig, base: BaseModel, value: str | None) -> Engine:
     scorers = []
     if value is not None:
         model = ValueModel.load(value, base.model.device)
-        check_tokenizers(model, base.name, base.tokenizer_digest)
+        check_tokenizers(model.config, base.name, base.tokenizer_digest)
         scorers.append(make_scorer(config.value.name, model, config.base.linears, free=True))
     return Engine(
         base,

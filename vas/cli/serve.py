@@ -1,0 +1,99 @@
+"""`vas serve`: the endpoint on this machine, or on the cluster that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from typing import Any
+
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from vas.config import Resources
+from vas.configfile import override, read_config
+from vas.errors import VasError
+from vas.progress import console
+from vas.run.cluster import ray_cluster
+from vas.serving.app import application
+from vas.serving.config import Serving, Settled, parse_serving, settle
+
+NAME = "vas"
+
+
+def serve_forever(target: str, overrides: list[str], host: str, port: int) -> None:
+    """Serve a run, or what a YAML file says, until the process is stopped.
+
+    Raises VasError for a run or a key that is wrong, and for models that do not start.
+    """
+    serving = parse_serving(_content(target, overrides), target)
+    local = "RAY_ADDRESS" not in os.environ
+    if local and "cpus" not in serving.replicas.model_fields_set:
+        serving.replicas.cpus = os.cpu_count() or 1  # the machine is the base model's; the rest is light
+    settled = settle(serving)
+    app = application(settled)
+    with ray_cluster(Resources(), spare_cpus=_spare(serving, settled)):
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(http_options=HTTPOptions(host=host, port=port))
+        with console.status("loading the models"):
+            try:
+                serve.run(app, name=NAME, route_prefix="/")
+            except RuntimeError:
+                raise VasError(f"the models did not start: {_reason()}", target, "mend it, and try again") from None
+        _greet(settled, host, port)
+        stopped = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
+        stopped.wait()
+        console.print("Stopping; what has begun is finished first.")
+        if local:
+            serve.shutdown()
+        else:
+            serve.delete(NAME)
+
+
+def _content(target: str, overrides: list[str]) -> dict[str, Any]:
+    """The keys of Serving: a run's directory, a file of them, or the arguments in a config for `serve deploy`."""
+    if not target.endswith((".yaml", ".yml")):
+        return override({"run": target}, overrides)
+    content = read_config(target)
+    if "applications" in content:
+        content = content["applications"][0]["args"]
+    return override(content, overrides)
+
+
+def _reason() -> str:
+    """What the deployments that did not start say: the last line of each one's traceback."""
+    deployments = serve.status().applications[NAME].deployments
+    said = {name: about.message.strip().splitlines() for name, about in deployments.items()}
+    lines = [f"{name}: {_last(text)}" for name, text in said.items() if deployments[name].status != "HEALTHY" and text]
+    return "; ".join(lines) or "Ray Serve does not say why"
+
+
+def _last(lines: list[str]) -> str:
+    errors = [line for line in lines if "Error: " in line]
+    return (errors or lines)[-1].strip()
+
+
+def _spare(serving: Serving, settled: Settled) -> int:
+    """Logical CPUs that Ray needs beside the machine's own, for all deployments at their largest."""
+    asked = serving.replicas.cpus * serving.replicas.most + serving.gateways.cpus * serving.gateways.most
+    for spec in settled.value_models:
+        if spec.placement == "deployment":
+            asked += spec.replicas.cpus * spec.replicas.most
+    return max(1, int(asked) + 1 - (os.cpu_count() or 1))
+
+
+def _greet(settled: Settled, host: str, port: int) -> None:
+    """Say where it is, and how to use it."""
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+    names = [spec.name for spec in settled.value_models]
+    console.print(
+        f"[bold]{settled.name}[/bold] with value models {', '.join(names) or 'none'} at [bold]{url}/v1[/bold]\n"
+        f"Try it: curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
+        f'\'{{"model": "{settled.name}", "messages": [{{"role": "user", "content": "How was your day?"}}]}}\'\n'
+        f"Objectives: {url}/v1/objectives; the API: {url}/docs. Ctrl-C stops it.",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,1 @@
+"""Ray Serve: base and value models behind an OpenAI-compatible endpoint, where every request dials its rewards."""

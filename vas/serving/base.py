@@ -1,0 +1,210 @@
+"""The deployment of the base model: the engine's loop, with value models in its process or behind handles."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from vas.decoding.engine import Engine
+from vas.decoding.loop import Loop
+from vas.decoding.scorer import InProcess, Scorer, make_scorer
+from vas.decoding.sequence import Completion, Request, Token
+from vas.errors import EngineDied, VasError
+from vas.models.base import load_base, quieten, set_threads
+from vas.models.value import ValueModel, ValueModelConfig, check_tokenizers
+from vas.serving.calls import Event, Question
+from vas.serving.config import Settled, ValueModelSpec
+from vas.serving.metrics import EngineMetrics
+from vas.serving.remote import Pending, RemoteScorer
+
+
+class BaseReplica:
+    """A replica: a thread that steps the engine, and a stream of events for each call.
+
+    handles: those of the value models that are deployments of their own, by their names.
+    """
+
+    def __init__(self, settled: Settled, handles: dict[str, DeploymentHandle]) -> None:
+        quieten()
+        self._settled, self._handles = settled, handles
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._metrics = EngineMetrics(self._replica)
+        self._open, self._sends = 0, settled.serving.sends_per_second
+        self._base = load_base(settled.base, "cuda" if settled.serving.replicas.gpus else "cpu")
+        self._local: dict[str, InProcess] = {}
+        self._loop = Loop(self._make, self._measure)
+
+    def _make(self) -> Engine:
+        serving = self._settled.serving
+        set_threads(int(serving.replicas.cpus))
+        scorers = [self._scorer(spec) for spec in self._settled.value_models]
+        return Engine(
+            self._base,
+            scorers,
+            max_sequences=serving.max_sequences,
+            kv_tokens=serving.kv_tokens,
+            linears=self._settled.base.linears,
+            free=True,
+        )
+
+    def _scorer(self, spec: ValueModelSpec) -> Scorer:
+        if spec.placement == "colocated":
+            model = ValueModel.load(spec.path, self._base.model.device)
+            check_tokenizers(model.config, self._base.name, self._base.tokenizer_digest)
+            self._local[spec.name] = make_scorer(spec.name, model, self._settled.base.linears, free=True)
+            return self._local[spec.name]
+        config = ValueModelConfig.load(spec.path)
+        check_tokenizers(config, self._base.name, self._base.tokenizer_digest)
+        handle = self._handles[spec.name]
+
+        def ask(replica: str | None, question: Question) -> Pending:
+            return handle.score.remote(question, replica=replica)
+
+        return RemoteScorer(
+            spec.name,
+            tuple(each["name"] for each in config.objectives),
+            getattr(config.backbone_config, "max_position_embeddings", None),
+            config.head["kind"] == "vocab",
+            ask,
+            self._replica,
+            lambda seconds: self._metrics.value_call(spec.name, seconds),
+        )
+
+    async def generate(self, requests: list[Request], streamed: bool) -> AsyncIterator[list[Event]]:
+        """What becomes of each request, a token at a time; tokens that come fast share an item.
+
+        streamed: somebody reads along. Leaving it early drops the requests before the next step.
+        """
+        mailbox = _Mailbox(asyncio.get_running_loop())
+        left = {}
+        for choice, request in enumerate(requests):
+            left[choice] = request.request_id
+            mailbox.submit(self._loop, choice, request)
+        self._open += 1
+        sent = 0.0
+        try:
+            while left:
+                await mailbox.wait()
+                share = self._open / self._sends if streamed else 1.0
+                if sent and (early := sent + share - time.monotonic()) > 0 and not mailbox.finished:
+                    await mailbox.wait_finished(early)
+                sent = time.monotonic()
+                events = mailbox.take()
+                for event in events:
+                    if event.error is not None or (event.token is not None and event.token.finish_reason):
+                        left.pop(event.choice, None)
+                yield events
+        finally:
+            self._open -= 1
+            for request_id in left.values():
+                self._loop.abort(request_id)
+
+    async def values(self, name: str, token_ids: list[int]) -> list[list[float]]:
+        """V after each token of a text, of a value model: [T][J]. Raises VasError if it only compares tokens."""
+        if name in self._handles:
+            return await self._handles[name].values.remote(token_ids)
+        scorer = self._local[name]
+        return await asyncio.wrap_future(self._loop.call(lambda engine: scorer.values(token_ids).tolist()))
+
+    async def context_length(self) -> int | None:
+        """Longest sequence the base model has positions for."""
+        return self._base.context_length
+
+    async def state(self) -> dict[str, Any]:
+        """What it holds: for tests, and for people who look for a leak."""
+        engine = self._loop.engine
+        return await asyncio.wrap_future(
+            self._loop.call(
+                lambda _: {
+                    "replica": self._replica,
+                    "streams": self._open,
+                    "running": engine.running,
+                    "waiting": engine.waiting,
+                    "kv_bytes": engine.kv_bytes,
+                }
+            )
+        )
+
+    def check_health(self) -> None:
+        """Raises EngineDied when Serve should replace this replica."""
+        if self._loop.death is not None:
+            raise self._loop.death
+
+    def _measure(self, tokens: int, seconds: float) -> None:
+        engine = self._loop.engine
+        self._metrics.step(tokens, seconds, engine.running, engine.waiting, engine.kv_bytes)
+
+
+class _Mailbox:
+    """Events on their way from the engine's thread to the event loop's."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._lock = loop, threading.Lock()
+        self._events: list[Event] = []
+        self._some, self._end = asyncio.Event(), asyncio.Event()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the end of a choice is among what has come."""
+        return self._end.is_set()
+
+    async def wait(self) -> None:
+        """Until something has come."""
+        await self._some.wait()
+
+    async def wait_finished(self, seconds: float) -> None:
+        """Until a choice has ended, or so long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._end.wait(), seconds)
+
+    def take(self) -> list[Event]:
+        """All that has come."""
+        with self._lock:
+            events, self._events = self._events, []
+            self._some.clear()
+            self._end.clear()
+        return events
+
+    def submit(self, loop: Loop, choice: int, request: Request) -> None:
+        """Decode a request; what comes of it lies here."""
+        fails = request.guidance.on_error == "fail"
+
+        def listen(token: Token, completion: Completion) -> None:
+            if completion.lost_steps and fails:
+                self._put(Event(choice, error=(503, "value_model_unavailable", _UNREACHABLE)), True)
+                loop.abort(request.request_id)
+            else:
+                self._put(Event(choice, token, completion.lost_steps), bool(token.finish_reason))
+
+        def done(result: Any) -> None:
+            error = result.exception() or result.result()
+            if isinstance(error, VasError):
+                self._put(Event(choice, error=(400, "invalid_value", str(error))), True)
+            elif isinstance(error, EngineDied):
+                self._put(Event(choice, error=(599, "engine_died", str(error))), True)
+
+        loop.submit(request, listen).add_done_callback(done)
+
+    def _put(self, event: Event, ends: bool) -> None:
+        with self._lock:
+            wake = not self._events
+            self._events.append(event)
+        if wake or ends:
+            self._loop.call_soon_threadsafe(self._ring, ends)
+
+    def _ring(self, ends: bool) -> None:
+        with self._lock:
+            if self._events:  # else it was taken already
+                self._some.set()
+                if ends:
+                    self._end.set()
+
+
+_UNREACHABLE = "a value model that steers this request cannot be reached"

@@ -1,0 +1,78 @@
+"""What travels between the deployments: plain data, pickled by Ray inside the cluster and never by a client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vas.decoding.sequence import Token
+
+
+@dataclass(slots=True)
+class Question:
+    """One step's question of a base-model replica to a replica of a value model: what are these candidates worth?
+
+    It can be asked of any replica at any time: one that has not what `held` says of a sequence answers so, and is
+    then given the sequence whole.
+    """
+
+    caller: str
+    """Who asks; sequences are numbered by their caller."""
+    sequences: list[int]
+    held: list[int]
+    """Tokens of each sequence that the replica has read; 0 begins it anew."""
+    fresh: list[tuple[int, ...]]
+    """The tokens after those."""
+    shared: list[tuple[int, int]]
+    """For a sequence that begins: another one and how many tokens they have in common; (0, 0) for none."""
+    rows: list[int]
+    """Sequences that have candidates, as indices."""
+    candidates_BK: np.ndarray
+    valid_BK: np.ndarray
+    strengths_BJ: np.ndarray
+    soft_B: np.ndarray
+    closed: list[int]
+    """Sequences to forget."""
+
+
+@dataclass(slots=True)
+class Reply:
+    """The answer to a Question."""
+
+    replica: str
+    """Who answers; later questions about these sequences should go there."""
+    missing: list[int] = field(default_factory=list)
+    """Sequences, as indices, that it has not as the question says. If there are any, nothing was computed."""
+    values_BKJ: np.ndarray | None = None
+    positions: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Event:
+    """What became of one choice of a request: a token, or the reason why there are no more."""
+
+    choice: int
+    token: Token | None = None
+    lost_steps: int = 0
+    """Steps so far at which a value model could not be reached."""
+    error: tuple[int, str, str] | None = None
+    """HTTP status, kind and text of what it failed of."""
+
+
+@dataclass(slots=True)
+class Objective:
+    """What an endpoint says of an objective."""
+
+    name: str
+    value_model: str
+    placement: str
+    digest: str
+    """Identity of the value model's weights and config."""
+    head: str
+    mean: float
+    std: float
+    """Of the reward over the training rollouts; a strength of 1 is worth a factor e for each std."""
+    reward_version: str
+    relative: bool
+    """Whether its values only compare next tokens."""

@@ -1,0 +1,96 @@
+"""What every HTTP request passes: its id, its key, its size, and its line in the access log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from vas.serving.errors import ApiError
+
+if TYPE_CHECKING:
+    from vas.serving.gateway import Gateway
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+access = logging.getLogger("ray.serve.vas.access")
+
+OPEN = "/health"
+CLOSED_BY_CLIENT = 499
+
+
+class Front:
+    """ASGI middleware around the gateway's routes."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        gateway: Gateway = serve.get_replica_context().servable_object
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = headers.get(b"x-request-id", "")[:64]  # Serve gives one to requests that bring none
+        started, status, caller, ended = time.perf_counter(), 500, "", False
+
+        async def answer(message: Message) -> None:
+            nonlocal status, ended
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif not message.get("more_body"):
+                ended = True
+            await send(message)
+
+        scope.setdefault("state", {})
+        try:
+            try:
+                if scope["path"] != OPEN:
+                    who = gateway.doorkeeper.admit(headers.get(b"authorization"))
+                    scope["state"]["caller"], caller = who, who.name
+                length = headers.get(b"content-length", "0")
+                if length.isdecimal() and int(length) > gateway.gate.limits.body_bytes:
+                    raise too_large(gateway.gate.limits.body_bytes)
+            except ApiError as error:
+                await error.response()(scope, receive, answer)
+                return
+            await self._app(scope, receive, answer)
+        finally:
+            seconds = time.perf_counter() - started
+            status = status if ended else CLOSED_BY_CLIENT
+            route = scope["path"] if scope.get("endpoint") else "other"
+            if not ended:
+                gateway.metrics.disconnect()
+            gateway.metrics.request(route, status, caller, seconds)
+            line = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
+            line |= {"seconds": round(seconds, 4), "key": caller} | scope["state"].get("log", {})
+            access.info(json.dumps(line))
+
+
+def too_large(limit: int) -> ApiError:
+    """A body larger than the limit."""
+    return ApiError(413, f"the body is larger than {limit:,} bytes", code="body_too_large")
+
+
+async def body_of(receive: Receive, limit: int) -> bytes:
+    """The body of a request. Raises ApiError once it is larger than the limit, whatever its headers said."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(CLOSED_BY_CLIENT, "the client left")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise too_large(limit)
+        if not message.get("more_body"):
+            return b"".join(parts)

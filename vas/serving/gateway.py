@@ -1,0 +1,280 @@
+"""The ingress: OpenAI-compatible HTTP in front of the base model's replicas.
+
+No `from __future__ import annotations` here: FastAPI reads the annotations of the routes, which Serve pickles without
+the names that only annotations in quotes would use.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from vas.decoding.sequence import Request as EngineRequest
+from vas.errors import VasError, as_vas_error
+from vas.serving import openapi
+from vas.serving.answers import Answer, ChatAnswer, sse
+from vas.serving.config import Gate, Settled
+from vas.serving.errors import ApiError
+from vas.serving.front import Front, body_of
+from vas.serving.keys import Caller, Doorkeeper, load_keys
+from vas.serving.metrics import GatewayMetrics
+from vas.serving.protocol import ChatRequest, CompletionRequest, SamplingBody, ScoreRequest, parse
+from vas.serving.relay import Choice, relay
+from vas.serving.requests import Served
+from vas.serving.scrape import scrape
+
+COMPLETION_TOKENS = 16  # of a completion that says nothing, as OpenAI's
+CHAT_TOKENS = 1 << 30  # of a chat: as many as there is room for
+
+app = FastAPI(title="VAS on Ray", version="1", description=openapi.ABOUT, redirect_slashes=False)
+app.add_middleware(Front)
+
+
+@app.exception_handler(ApiError)
+async def _api_error(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+@app.exception_handler(HTTPException)
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    what = {404: "there is nothing at this path", 405: "this path does not take that method"}
+    response = ApiError(error.status_code, what.get(error.status_code, str(error.detail))).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+@app.exception_handler(RequestValidationError)
+async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+    return ApiError(400, str(error.errors()[0]["msg"])).response()
+
+
+async def _stream(
+    answer: Answer, choices: list[Choice], first: list[int], events: AsyncIterator[list[int]], usage: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events: chunks of each choice's new tokens, the usage if it is asked for, and [DONE]."""
+    sent = [0] * len(choices)
+    try:
+        for chunk in answer.begin(len(choices)):
+            yield sse(chunk)
+        fresh: list[int] | None = first
+        while fresh is not None:
+            for place in sorted(set(fresh)):
+                tokens = choices[place].tokens[sent[place] :]
+                sent[place] += len(tokens)
+                if tokens and (chunk := answer.chunk(place, choices[place], tokens)):
+                    yield sse(chunk)
+            fresh = await anext(events, None)
+        if usage:
+            yield sse(answer.end(choices))
+        yield sse("[DONE]")
+    except ApiError as error:
+        yield sse(error.body)
+    except Exception:
+        yield sse(ApiError(500, "the server failed").body)
+        raise
+    finally:
+        await events.aclose()  # type: ignore[attr-defined]  # it is an async generator
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _most_tokens(requests: list[EngineRequest]) -> int:
+    return sum(len(each.prompt_token_ids) + each.sampling.max_tokens for each in requests)
+
+
+@serve.ingress(app)  # what stands below it does not reach the replicas
+class Gateway:
+    """Reads requests, asks the base model's replicas, and sends what comes of it."""
+
+    def __init__(self, settled: Settled, digests: dict[str, str], base: DeploymentHandle) -> None:
+        self._base = base
+        self.served = Served.of(settled, digests)
+        self._digests = {name: digests[model.value_model] for name, model in self.served.objectives.items()}
+        self.metrics = GatewayMetrics()
+        self.gate = settled.serving.gate
+        self.doorkeeper = Doorkeeper(None)
+        self._created = int(time.time())
+        self._admit_keys()
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over new presets, limits and keys. Raises VasError, and changes nothing, for what is wrong with them."""
+        gate = Gate.model_validate(user_config)
+        self.served.check_gate(gate)
+        self.gate = gate
+        self._admit_keys()
+
+    def _admit_keys(self) -> None:
+        self.doorkeeper = Doorkeeper(load_keys(self.gate.keys) if self.gate.keys else None)
+
+    @app.post("/v1/chat/completions", **openapi.chat)
+    async def chat(self, request: Request) -> Response:
+        """Answer a chat."""
+        body: ChatRequest = parse(ChatRequest, await self._body(request))
+        tokens = [await asyncio.to_thread(self.served.encode, self.gate, body.messages)]
+        return await self._respond(request, body, tokens, ChatAnswer, CHAT_TOKENS)
+
+    @app.post("/v1/completions", **openapi.completion)
+    async def completion(self, request: Request) -> Response:
+        """Go on from a text, or several."""
+        body: CompletionRequest = parse(CompletionRequest, await self._body(request))
+        if len(body.prompts) > self.gate.limits.n:
+            raise ApiError(400, f"there are {len(body.prompts)} prompts, more than {self.gate.limits.n}", "prompt")
+        tokens = [await self._tokens(prompt) for prompt in body.prompts]
+        return await self._respond(request, body, tokens, Answer, COMPLETION_TOKENS)
+
+    @app.post("/v1/score", **openapi.score)
+    async def score(self, request: Request) -> dict[str, Any]:
+        """Values of a text, for each token and objective."""
+        body: ScoreRequest = parse(ScoreRequest, await self._body(request))
+        served, caller = self.served, _caller(request)
+        if body.model is not None:
+            served.preset(body.model, self.gate)
+        names = body.objectives if body.objectives is not None else [o.name for o in served.objectives.values()]
+        for name in names:
+            if name not in served.objectives:
+                raise ApiError(400, f"there is no objective '{name}'", "objectives", "unknown_objective")
+            caller.check_strength(name, 0.0)
+        before = served.encode(self.gate, body.messages) if body.messages else []
+        after = list(served.tokenizer(body.text, add_special_tokens=not before).input_ids)
+        if not after:
+            raise ApiError(400, "the text is empty", "text")
+        served.check_length(self.gate, before + after)
+        caller.spend(len(before) + len(after))
+        models = {served.objectives[name].value_model for name in names}
+        order = {m: [o.name for o in served.objectives.values() if o.value_model == m] for m in models}
+        rows = {m: await self._values(m, before + after) for m in models}
+        self.metrics.tokens(caller.name, len(before) + len(after), 0)
+        return {
+            "object": "score",
+            "model": served.name,
+            "tokens": [{"id": token, "text": served.tokenizer.decode([token])} for token in after],
+            "objectives": {
+                name: [
+                    row[order[served.objectives[name].value_model].index(name)]
+                    for row in rows[served.objectives[name].value_model][len(before) :]
+                ]
+                for name in names
+            },
+            "usage": {"prompt_tokens": len(before) + len(after), "total_tokens": len(before) + len(after)},
+        }
+
+    @app.get("/v1/models", **openapi.plain)
+    async def models(self) -> dict[str, Any]:
+        """The base model, and each preset as a model of its own."""
+        return {"object": "list", "data": [self._model(name) for name in self.served.models(self.gate)]}
+
+    @app.get("/v1/models/{model}", **openapi.plain)
+    async def model(self, model: str) -> dict[str, Any]:
+        """One of them."""
+        self.served.preset(model, self.gate)
+        return self._model(model)
+
+    @app.get("/v1/objectives", **openapi.plain)
+    async def objectives(self, request: Request) -> dict[str, Any]:
+        """What requests may steer by, and within which bounds."""
+        data = [
+            {"id": each.name, "object": "objective", **asdict(each), "strength": self.gate.limits.bounds(each.name)}
+            for each in self.served.objectives.values()
+        ]
+        return {"object": "list", "data": data}
+
+    @app.get("/health", **openapi.open_)
+    async def health(self) -> dict[str, str]:
+        """Whether the gateway is up."""
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=PlainTextResponse, **openapi.text)
+    async def prometheus(self) -> Response:
+        """Metrics of all replicas, for Prometheus."""
+        return PlainTextResponse(await scrape(), media_type="text/plain; version=0.0.4")
+
+    async def _respond(
+        self, request: Request, body: SamplingBody, prompts: list[list[int]], form: type[Answer], default: int
+    ) -> Response:
+        caller, tokenizer = _caller(request), self.served.tokenizer
+        answer = form(body.model, tokenizer, sum(map(len, prompts)), body.likeliest)
+        requests = self.served.requests(body, self.gate, caller, prompts, uuid.uuid4().hex, default)
+        caller.spend(_most_tokens(requests))
+        self.metrics.strengths(requests[0].guidance.objectives)
+        choices = [Choice(each) for each in requests]
+        events = self._decode(request, caller, choices, bool(body.stream))
+        if not body.stream:
+            async for _ in events:
+                pass
+            return JSONResponse(answer.whole(choices))
+        first = await anext(events)  # an error that comes at once has a status of its own
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return StreamingResponse(_stream(answer, choices, first, events, usage), media_type="text/event-stream")
+
+    async def _decode(
+        self, request: Request, caller: Caller, choices: list[Choice], streamed: bool
+    ) -> AsyncIterator[list[int]]:
+        """Decode choices to their ends; yields which have new tokens. Counts it all, however it ends."""
+        started, first = time.perf_counter(), None
+        events = relay(self._base, choices, streamed, self.metrics.failover)
+        try:
+            async for some in events:
+                if first is None:
+                    first = time.perf_counter()
+                    self.metrics.first_token(first - started)
+                yield [event.choice for event in some]
+        except ApiError:
+            raise
+        except Exception as error:
+            known = as_vas_error(error)
+            if known is None:
+                raise
+            raise ApiError(400, known.what) from None
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]  # it is an async generator
+            prompt = sum(len(choice.request.prompt_token_ids) for choice in choices)
+            sampled = sum(len(choice.tokens) for choice in choices)
+            caller.give_back(_most_tokens([choice.request for choice in choices]) - prompt - sampled)
+            self.metrics.tokens(caller.name, prompt, sampled)
+            self._count(choices, first)
+            figures = {"prompt_tokens": prompt, "completion_tokens": sampled}
+            request.state.log = figures | {"guidance": choices[0].request.guidance.objectives}
+
+    def _count(self, choices: list[Choice], first: float | None) -> None:
+        seconds = 0.0 if first is None else time.perf_counter() - first
+        for choice in choices:
+            if choice.finish_reason is not None:
+                guided = bool(choice.request.guidance.active)
+                more = len(choice.tokens) - 1
+                kl = sum(token.kl for token in choice.tokens)
+                self.metrics.response(seconds / more if more else None, kl if guided else None)
+            if choice.lost_steps:
+                self.metrics.unguided()
+
+    async def _values(self, model: str, token_ids: list[int]) -> list[list[float]]:
+        try:
+            return await self._base.values.remote(model, token_ids)
+        except Exception as error:
+            known = as_vas_error(error)
+            if isinstance(known, VasError):
+                raise ApiError(400, known.what, "objectives") from None
+            raise ApiError(503, "the value model cannot be reached", code="model_unavailable", retry_after=5) from None
+
+    async def _tokens(self, prompt: str | list[int]) -> list[int]:
+        """A completion's prompt as token ids; in a thread, for a long one must not hold up the streams of others."""
+        if isinstance(prompt, list):
+            return self.served.check_length(self.gate, prompt)
+        return await asyncio.to_thread(self.served.encode, self.gate, prompt)
+
+    async def _body(self, request: Request) -> bytes:
+        return await body_of(request.receive, self.gate.limits.body_bytes)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "vas"}

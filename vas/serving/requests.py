@@ -1,0 +1,198 @@
+"""From a client's body to requests of the engine: models, presets, bounds and limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
+from vas.errors import VasError, nearest
+from vas.models.base import encode_prompt, load_pretrained, load_tokenizer
+from vas.models.value import ValueModelConfig
+from vas.schema import Message, Prompt
+from vas.serving.calls import Objective
+from vas.serving.config import Gate, Preset, Settled
+from vas.serving.errors import ApiError
+from vas.serving.keys import Caller
+from vas.serving.protocol import ChatMessage, Guidance, SamplingBody
+
+
+@dataclass
+class Served:
+    """What an endpoint serves, as far as its gateway must know it."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    objectives: dict[str, Objective]
+    room: int | None
+    """Longest sequence that all models have positions for."""
+
+    @classmethod
+    def of(cls, settled: Settled, digests: dict[str, str]) -> Served:
+        """Read the configs of all models. Raises VasError for one that is not there."""
+        base = load_pretrained(AutoConfig, settled.base.model, settled.base.revision).get_text_config()
+        rooms = [getattr(base, "max_position_embeddings", None)]
+        objectives: dict[str, Objective] = {}
+        for spec in settled.value_models:
+            config = ValueModelConfig.load(spec.path)
+            rooms.append(getattr(config.backbone_config, "max_position_embeddings", None))
+            kind = config.head["kind"]
+            for each in config.objectives:
+                if each["name"] in objectives:
+                    other = objectives[each["name"]].value_model
+                    raise VasError(f"the value models {other} and {spec.name} both bring '{each['name']}'")
+                objectives[each["name"]] = Objective(
+                    name=each["name"],
+                    value_model=spec.name,
+                    placement=spec.placement,
+                    digest=digests[spec.name],
+                    head=kind,
+                    mean=each["mean"],
+                    std=each["std"],
+                    reward_version=str(each["reward_version"]),
+                    relative=kind == "vocab",
+                )
+        known = [room for room in rooms if room is not None]
+        tokenizer = load_tokenizer(settled.base.model, settled.base.revision)
+        return cls(settled.name, tokenizer, objectives, min(known) if known else None)
+
+    def models(self, gate: Gate) -> list[str]:
+        """Names that clients may use: the base model, and each preset."""
+        return [self.name, *(f"{self.name}:{preset}" for preset in gate.presets)]
+
+    def check_gate(self, gate: Gate) -> None:
+        """Raise VasError for a preset, a default or a bound that names an objective that is not there."""
+        presets = {f"presets.{name}": preset.objectives for name, preset in gate.presets.items()}
+        named: dict[str, list[str]] = {where: list(strengths) for where, strengths in presets.items()}
+        named |= {"guidance": list(gate.guidance.objectives), "limits.strengths": list(gate.limits.strengths)}
+        for where, names in named.items():
+            for name in names:
+                if name not in self.objectives:
+                    raise VasError(f"there is no objective '{name}'", where, nearest(name, list(self.objectives)))
+
+    def preset(self, model: str, gate: Gate) -> Preset:
+        """The guidance that a model's name stands for. Raises ApiError (404)."""
+        if model == self.name:
+            return gate.guidance
+        name, _, preset = model.partition(":")
+        if name == self.name and preset in gate.presets:
+            return gate.presets[preset]
+        raise ApiError(404, f"the model '{model}' does not exist", "model", "model_not_found")
+
+    def encode(self, gate: Gate, prompt: list[ChatMessage] | str) -> list[int]:
+        """Token ids of a chat or a text. Raises ApiError for one that is empty, or too long."""
+        most = gate.limits.prompt_tokens * 32  # characters: no tokenizer here makes longer tokens than that
+        length = len(prompt) if isinstance(prompt, str) else sum(len(message.text) for message in prompt)
+        if length > most:
+            raise ApiError(400, f"the prompt has {length:,} characters", "prompt", "context_length_exceeded")
+        try:
+            tokens = encode_prompt(self.tokenizer, _prompt(prompt, gate.system))
+        except Exception as error:  # a chat template may raise anything
+            raise ApiError(400, f"the model has no form for this prompt: {error}"[:300], "messages") from None
+        return self.check_length(gate, tokens)
+
+    def check_length(self, gate: Gate, tokens: list[int]) -> list[int]:
+        """The tokens of a prompt. Raises ApiError if there are none, or too many."""
+        if not tokens:
+            raise ApiError(400, "the prompt is empty", "prompt")
+        if len(tokens) > gate.limits.prompt_tokens or (self.room is not None and len(tokens) >= self.room):
+            most = min(gate.limits.prompt_tokens, self.room or gate.limits.prompt_tokens)
+            message = f"the prompt has {len(tokens)} tokens, more than {most}"
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        return tokens
+
+    def requests(
+        self, body: SamplingBody, gate: Gate, caller: Caller, prompts: list[list[int]], answer_id: str, default: int
+    ) -> list[Request]:
+        """The engine's requests, n for each prompt; default: longest response of a request that says nothing.
+
+        Raises ApiError for what is out of bounds.
+        """
+        limits, n = gate.limits, body.n or 1
+        if n * len(prompts) > limits.n:
+            raise ApiError(400, f"{n * len(prompts)} choices are asked for, more than {limits.n}", "n")
+        if len(body.stops) > limits.stop:
+            raise ApiError(400, f"there are {len(body.stops)} stop strings, more than {limits.stop}", "stop")
+        guidance = self._guidance(body, gate, caller)
+        seed, requests = body.first_seed, []
+        for p, prompt in enumerate(prompts):
+            longest = self._longest(body, gate, len(prompt), default)
+            for i in range(n):
+                sampling = self._sampling(body, longest, seed + p * n + i)
+                requests.append(Request(f"{answer_id}-{p * n + i}", tuple(prompt), sampling, guidance))
+        return requests
+
+    def _longest(self, body: SamplingBody, gate: Gate, prompt: int, default: int) -> int:
+        room = gate.limits.max_tokens if self.room is None else min(gate.limits.max_tokens, self.room - prompt)
+        asked = body.longest
+        if asked is None:
+            return min(default, room)
+        if asked > gate.limits.max_tokens:
+            raise ApiError(400, f"max_tokens may be {gate.limits.max_tokens} at most", "max_tokens")
+        if asked > room:
+            message = f"prompt and max_tokens make {prompt + asked} tokens; the models have room for {self.room}"
+            raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+        return asked
+
+    @staticmethod
+    def _sampling(body: SamplingBody, longest: int, seed: int) -> SamplingParams:
+        given: dict[str, Any] = {
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": None if body.top_k is None else max(0, body.top_k),
+            "min_p": body.min_p,
+        }
+        try:
+            return SamplingParams(
+                **{name: value for name, value in given.items() if value is not None},
+                max_tokens=longest,
+                stop=tuple(body.stops),
+                seed=seed,
+                logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
+                logprobs=body.likeliest or 0,
+            )
+        except VasError as error:
+            raise ApiError(400, error.what, error.what.partition(" ")[0]) from None
+
+    def _guidance(self, body: SamplingBody, gate: Gate, caller: Caller) -> GuidanceParams:
+        """The preset's guidance, with the request's own on top."""
+        preset, own = self.preset(body.model, gate), body.guidance or Guidance()
+        strengths = preset.objectives | own.objectives
+        for name, strength in strengths.items():
+            param = f"guidance.objectives.{name}"
+            if name not in self.objectives:
+                message = f"there is no objective '{name}': {nearest(name, list(self.objectives))}"
+                raise ApiError(400, message, param, "unknown_objective")
+            low, high = gate.limits.bounds(name)
+            if not low <= strength <= high:
+                raise ApiError(400, f"the strength of '{name}' must be in [{low:g}, {high:g}]", param)
+            caller.check_strength(name, strength)
+        chosen = {
+            name: getattr(own, name) if getattr(own, name) is not None else getattr(preset, name)
+            for name in ("candidates", "value", "schedule")
+        }
+        if (chosen["candidates"] or 0) > gate.limits.candidates:
+            raise ApiError(400, f"candidates may be {gate.limits.candidates} at most", "guidance.candidates")
+        try:
+            return GuidanceParams(
+                {name: float(strength) for name, strength in strengths.items() if strength},
+                **{name: value for name, value in chosen.items() if value is not None},
+                on_error=own.on_error or gate.on_error,
+            )
+        except VasError as error:
+            raise ApiError(400, error.what, "guidance") from None
+
+
+def _prompt(prompt: list[ChatMessage] | str, system: str | None) -> Prompt:
+    """A chat, with the endpoint's system message if it has none; or a plain text."""
+    if isinstance(prompt, str):
+        return Prompt("", (), prompt)
+    roles = {"developer": "system"}
+    messages: list[Message] = [
+        {"role": roles.get(message.role, message.role), "content": message.text} for message in prompt
+    ]
+    if system and all(message["role"] != "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": system})
+    return Prompt("", tuple(messages))

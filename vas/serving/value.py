@@ -1,0 +1,123 @@
+"""The deployment of a value model: answers base-model replicas' questions, and keeps the KV of their sequences."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from ray import serve
+
+from vas.decoding.guide import LAG
+from vas.decoding.scorer import InProcess, ScoreBatch, make_scorer
+from vas.models.base import pick_device, quieten, set_threads
+from vas.models.value import ValueModel
+from vas.serving.calls import Question, Reply
+from vas.serving.config import Settled, ValueModelSpec
+
+FORGOTTEN_AFTER = 600.0  # seconds without a question about a sequence: its caller is gone
+
+
+class Reader:
+    """The sequences that a value model reads for others: any of them may be unknown, and is then asked for."""
+
+    def __init__(self, scorer: InProcess, replica: str, kv_tokens: int | None) -> None:
+        self._scorer, self._replica = scorer, replica
+        scorer.limit(kv_tokens)
+        self._read: dict[tuple[str, int], int] = {}
+        self._asked: dict[tuple[str, int], float] = {}
+
+    def answer(self, question: Question) -> Reply:
+        """Values of the candidates, or what is missing to find them."""
+        now = time.monotonic()
+        names = [(question.caller, number) for number in question.sequences]
+        idle = [name for name, asked in self._asked.items() if now - asked > FORGOTTEN_AFTER]
+        for name in [*idle, *((question.caller, number) for number in question.closed)]:
+            self._forget(name)
+        if not names:
+            return Reply(self._replica)
+        missing = [
+            i for i, name in enumerate(names) if question.held[i] and self._read.get(name) != question.held[i]
+        ] + [
+            i
+            for i, (number, length) in enumerate(question.shared)
+            if length and self._read.get((question.caller, number), 0) < length
+        ]
+        if missing:
+            return Reply(self._replica, sorted(set(missing)))
+        longest = max(held + len(fresh) for held, fresh in zip(question.held, question.fresh, strict=True))
+        self._make_room(set(names), longest + 1)
+        taken = [self._begin(name, i, question) for i, name in enumerate(names)]
+        values, positions = self._scorer.answer(
+            ScoreBatch(
+                sequences=names,
+                taken=taken,
+                rows=question.rows,
+                candidates_BK=torch.from_numpy(question.candidates_BK),
+                valid_BK=torch.from_numpy(question.valid_BK),
+                strengths_BJ=torch.from_numpy(question.strengths_BJ),
+                soft_B=torch.from_numpy(question.soft_B),
+            )
+        )
+        for i, name in enumerate(names):
+            self._read[name], self._asked[name] = question.held[i] + len(question.fresh[i]), now
+        return Reply(self._replica, [], values.float().cpu().numpy(), positions)
+
+    def values(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """V after each token of a text: [T][J]. Raises VasError as the scorer's `values` does."""
+        return self._scorer.values(token_ids).tolist()
+
+    def _begin(self, name: tuple[str, int], i: int, question: Question) -> tuple[int, ...]:
+        """Read all of a sequence that is not for the pass with the candidates; returns what is."""
+        fresh, (source, shared) = question.fresh[i], question.shared[i]
+        if not question.held[i]:
+            self._forget(name)
+            self._scorer.open(name)
+            self._read[name] = 0
+            if shared:
+                self._scorer.share((question.caller, source), name, shared)
+                fresh = fresh[shared:]
+            ahead = fresh[:-1]
+        else:
+            ahead = fresh[:-1] if len(fresh) > LAG else ()
+        if ahead:
+            self._scorer.extend([name], [ahead])
+        return fresh[len(ahead) :]
+
+    def _forget(self, name: tuple[str, int]) -> None:
+        self._asked.pop(name, None)
+        if self._read.pop(name, None) is not None:
+            self._scorer.close(name)
+
+    def _make_room(self, wanted: set[tuple[str, int]], longest: int) -> None:
+        """Forget the sequences that were asked about longest ago, until there is room."""
+        others = sorted((name for name in self._asked if name not in wanted), key=self._asked.__getitem__)
+        longest = max([longest, *self._read.values()])
+        while others and not self._scorer.fits(len(wanted | self._read.keys()), longest):
+            self._forget(others.pop(0))
+
+
+class ValueReplica:
+    """A replica: one thread that reads and scores."""
+
+    def __init__(self, settled: Settled, spec: ValueModelSpec) -> None:
+        quieten()
+        self._thread = ThreadPoolExecutor(1)
+        self._reader = self._thread.submit(self._load, settled, spec).result()
+
+    @staticmethod
+    def _load(settled: Settled, spec: ValueModelSpec) -> Reader:
+        set_threads(int(spec.replicas.cpus))  # torch counts its threads by the caller
+        model = ValueModel.load(spec.path, pick_device("cuda" if spec.replicas.gpus else "cpu"))
+        scorer = make_scorer(spec.name, model, settled.base.linears, free=True)
+        return Reader(scorer, serve.get_replica_context().replica_id.unique_id, settled.serving.kv_tokens)
+
+    async def score(self, question: Question, replica: str | None = None) -> Reply:
+        """Answer a question; `replica` is for the router."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._reader.answer, question)
+
+    async def values(self, token_ids: list[int]) -> list[list[float]]:
+        """V after each token: [T][J]."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._reader.values, token_ids)
