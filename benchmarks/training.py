@@ -1,6 +1,6 @@
 """How fast the value model is trained, against Hugging Face `Trainer` on the same rollouts, and what memory ZeRO saves.
 
-    make bench-training        or        python benchmarks/training.py --json FILE [--quick]
+    make bench-training        or        python -m benchmarks.training --json FILE [--quick]
 
 Takes a finished run's rollouts, with response lengths as they came, and trains the first layers of its base as the
 run would: categorical heads, λ = 1, embeddings frozen, float32. Trainer (benchmarks/hf_trainer.py) gets one rollout a
@@ -30,7 +30,6 @@ import argparse
 import json
 import socket
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,8 +37,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pyarrow as pa

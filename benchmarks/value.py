@@ -1,6 +1,6 @@
 """Which value model is worth training: its head, λ, and the rollouts a prompt at equal rollouts in all.
 
-    make bench-value        or        python benchmarks/value.py [--prompts FILE] [--json FILE]
+    make bench-value        or        python -m benchmarks.value [--prompts FILE] [--json FILE]
 
 On the demo's base model and its sentiment reward, every combination of head, λ and rollouts a prompt is trained
 once: on as many rollouts, in as many optimizer steps of as many rollouts each. Designs share rollouts: that of
@@ -21,15 +21,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from matplotlib.figure import Figure

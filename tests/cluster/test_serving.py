@@ -7,7 +7,15 @@ import time
 
 import openai
 import pytest
-from serving import CHAT, client, cluster, get, idle, keys_of, post, run
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from serving import CHAT, URL, client, cluster, get, idle, keys_of, post, run
 
 from vas.decoding.engine import Engine
 from vas.decoding.scorer import make_scorer
@@ -260,6 +268,19 @@ def _metric(name: str) -> float:
     """The sum of a counter's lines."""
     lines = [line for line in get("/metrics").text.splitlines() if line.startswith(name) and not line.startswith("#")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+@pytest.fixture
+def documented():
+    """The API as `/openapi.json` describes it."""
+    return schemathesis.openapi.from_url(f"{URL}/openapi.json")
+
+
+@schemathesis.pytest.from_fixture("documented").parametrize()
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_is_sent_the_answer_is_a_documented_one(case):
+    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    case.call_and_validate(checks=checks)
 
 
 def test_keys_guard_every_route_but_health(keys, folder):

@@ -79,8 +79,13 @@ def test_streams_outlive_a_replica(keys, undisturbed, kind, number):
 
 def _settled() -> None:
     """Until Serve has replaced what died."""
-    deployments = serve.status().applications["vas"].deployments
-    wait_until(lambda: all(d.status == "HEALTHY" for d in deployments.values()), 120, "all replicas are well", 0.5)
+    wanted = {"Gateway": {"RUNNING": 1}, "BaseModel": {"RUNNING": 2}, "ValueModel-other": {"RUNNING": 2}}
+
+    def settled() -> bool:
+        deployments = serve.status().applications["vas"].deployments
+        return {name: about.replica_states for name, about in deployments.items()} == wanted
+
+    wait_until(settled, 120, "all replicas run", 0.5)
 
 
 def test_a_value_model_that_is_gone_fails_requests_or_goes_unguided(keys):
@@ -110,7 +115,8 @@ def test_a_value_model_that_is_gone_fails_requests_or_goes_unguided(keys):
 
 
 def test_a_new_value_model_goes_live_under_load(keys, tmp_path):
-    before = {each["id"]: each["digest"] for each in get("/v1/objectives").json()["data"]}
+    _settled()
+    before = _digests()
     tiny_value(objectives=("short",), seed=99).save(str(tmp_path / "newer"), tiny_tokenizer(), "# A newer one")
     keys["value_models"][1]["path"] = str(tmp_path / "newer")
     done, count = threading.Event(), []

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -79,6 +80,7 @@ def ray_cluster(resources: Resources, spare_cpus: int = 1) -> Iterator[None]:
 
 def _quieten() -> None:
     """Our own progress replaces Ray Data's."""
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # `max_task_retries` has no other way in
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

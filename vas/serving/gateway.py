@@ -70,8 +70,9 @@ async def _stream(
             for place in sorted(set(fresh)):
                 tokens = choices[place].tokens[sent[place] :]
                 sent[place] += len(tokens)
-                if tokens and (chunk := answer.chunk(place, choices[place], tokens)):
-                    yield sse(chunk)
+                part = answer.chunk(place, choices[place], tokens) if tokens else None
+                if part is not None:
+                    yield sse(part)
             fresh = await anext(events, None)
         if usage:
             yield sse(answer.end(choices))
@@ -104,6 +105,7 @@ class Gateway:
         self._digests = {name: digests[model.value_model] for name, model in self.served.objectives.items()}
         self.metrics = GatewayMetrics()
         self.gate = settled.serving.gate
+        self._system = self.gate.system
         self.doorkeeper = Doorkeeper(None)
         self._created = int(time.time())
         self._admit_keys()
@@ -111,6 +113,8 @@ class Gateway:
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over new presets, limits and keys. Raises VasError, and changes nothing, for what is wrong with them."""
         gate = Gate.model_validate(user_config)
+        if "system" not in gate.model_fields_set:
+            gate.system = self._system
         self.served.check_gate(gate)
         self.gate = gate
         self._admit_keys()

@@ -20,7 +20,8 @@ from vas.serving.calls import Question, Reply
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 15.0  # seconds in which a question must find an answer; replicas that died are replaced meanwhile
+PATIENCE = 30.0  # seconds in which a question must find an answer; replicas that died are replaced meanwhile
+IMPATIENCE = 0.5  # seconds, once there was none: a step of all sequences waits for it
 PAUSE = 0.2  # seconds between attempts
 
 
@@ -75,6 +76,7 @@ class RemoteScorer:
         self._sequences: dict[Hashable, _Remote] = {}
         self._closed: dict[str, list[int]] = {}
         self._opened = 0
+        self._down = False
 
     def limit(self, kv_tokens: int | None) -> None:
         """The replicas have a limit of their own."""
@@ -119,7 +121,7 @@ class RemoteScorer:
         calls = [(replica, rows, self._begin(replica, rows, batch)) for replica, rows in groups.items()]
 
         def answer() -> Answer:
-            deadline = time.monotonic() + self._patience
+            deadline = time.monotonic() + (IMPATIENCE if self._down else self._patience)
             values = torch.zeros(*batch.candidates_BK.shape, len(self.objectives))
             positions = [0] * len(batch.sequences)
             for replica, rows, call in calls:
@@ -129,6 +131,7 @@ class RemoteScorer:
                 for row, count in zip(rows, reply.positions, strict=True):
                     positions[batch.rows[row]] = count
             self._measured(time.perf_counter() - started)
+            self._down = False
             return values, positions
 
         return answer
@@ -145,6 +148,7 @@ class RemoteScorer:
                 for each in members:
                     each.forget()
                 if time.monotonic() > deadline:
+                    self._down = True
                     raise ScorerUnreachable(f"{self.name}: {type(error).__name__}") from error
                 logger.warning("value model %s: a replica was lost (%s)", self.name, type(error).__name__)
                 time.sleep(PAUSE)

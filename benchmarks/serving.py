@@ -1,0 +1,177 @@
+"""What the endpoint costs on top of the engine: throughput and time to the first token, at 16 streams at once.
+
+    make bench-serving
+
+Three ways, with the same models, requests and CPUs, one after the other in one run: the bare engine's loop in one
+process, the endpoint with a colocated value model, and with the value model in a deployment of its own. The base model
+is the demo's, the value model its first layers with a random head; both kinds of requests, steered and not, run in
+each. Clients are threads of this process that read streams from HTTP; what they cost is part of the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx2 as httpx
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from benchmarks.rows import Row, show, write
+from benchmarks.setting import CANDIDATES, MODEL, STRENGTH, Setting
+from vas.decoding.engine import Engine
+from vas.decoding.loop import Loop
+from vas.decoding.scorer import make_scorer
+from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
+from vas.models.base import set_threads
+from vas.serving.app import build
+
+STREAMS, TOKENS, REQUESTS, PORT = 16, 64, 64, 8799
+THREADS = 2
+
+
+class Measured:
+    """Times of the first tokens, and tokens a second of the whole."""
+
+    def __init__(self) -> None:
+        self.first: list[float] = []
+        self.tokens, self.seconds = 0, 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+    @property
+    def median_first(self) -> float:
+        """Median time to the first token, in ms."""
+        return 1000 * statistics.median(self.first)
+
+
+def drive(ask: Any) -> Measured:
+    """REQUESTS in all by STREAMS clients at once. `ask(number)` returns the first token's seconds, and tokens."""
+    measured = Measured()
+    started = time.perf_counter()
+    with ThreadPoolExecutor(STREAMS) as threads:
+        for first, tokens in threads.map(ask, range(REQUESTS)):
+            measured.first.append(first)
+            measured.tokens += tokens
+    measured.seconds = time.perf_counter() - started
+    return measured
+
+
+def bare(setting: Setting, guided: bool) -> Measured:
+    """The engine's loop in this process."""
+
+    def make() -> Engine:
+        set_threads(THREADS)
+        return Engine(setting.base, [make_scorer("value", setting.value)], max_sequences=STREAMS)
+
+    loop = Loop(make)
+    guidance = GuidanceParams({"any": STRENGTH} if guided else {}, CANDIDATES)
+
+    def ask(number: int) -> tuple[float, int]:
+        started, first = time.perf_counter(), threading.Event()
+        seen: list[float] = []
+
+        def listen(token: Any, completion: Any) -> None:
+            if not first.is_set():
+                seen.append(time.perf_counter() - started)
+                first.set()
+
+        prompt = setting.prompts[number]
+        sampling = SamplingParams(max_tokens=TOKENS, seed=number, logit_bias={0: -1e4, 2: -1e4})
+        done = loop.submit(Request(str(number), prompt, sampling, guidance), listen).result()
+        return seen[0], len(done.token_ids)  # type: ignore[union-attr]  # no request of these fails
+
+    ask(0)
+    return drive(ask)
+
+
+def served(setting: Setting, guided: bool) -> Measured:
+    """The endpoint that is up."""
+    asked = {"model": "bench", "max_tokens": TOKENS, "stream": True, "logit_bias": {"0": -100, "2": -100}}
+    if guided:
+        asked["guidance"] = {"objectives": {"any": STRENGTH}, "candidates": CANDIDATES}
+
+    def ask(number: int) -> tuple[float, int]:
+        started, first = time.perf_counter(), 0.0
+        body = asked | {
+            "prompt": list(setting.prompts[number]),
+            "seed": number,
+            "stream_options": {"include_usage": True},
+        }
+        tokens = 0
+        with httpx.stream("POST", f"http://127.0.0.1:{PORT}/v1/completions", json=body, timeout=600) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    first = first or time.perf_counter() - started
+                    usage = json.loads(line[6:]).get("usage")
+                    tokens = usage["completion_tokens"] if usage else tokens
+        return first, tokens
+
+    ask(0)
+    return drive(ask)
+
+
+@contextmanager
+def endpoint(folder: str, placement: str) -> Any:
+    """The application with its value model placed so, on a Ray of its own."""
+    ray.init("local", num_cpus=8, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=PORT))
+        value = {"path": folder, "placement": placement, "replicas": {"cpus": 1}}
+        keys = {"base": {"model": MODEL}, "name": "bench", "value_models": [value], "max_sequences": STREAMS}
+        keys["replicas"] = {"cpus": THREADS if placement == "colocated" else 1}
+        serve.run(build(keys), name="bench", route_prefix="/")
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def main() -> None:
+    """Run the cases and show them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    arguments = parser.parse_args()
+    setting = Setting.load(MODEL, 8, None, "auto")
+    found: dict[tuple[str, bool], Measured] = {}
+    with TemporaryDirectory() as folder:
+        setting.value.save(folder, setting.base.tokenizer, "# A random one")
+        for guided in (False, True):
+            found["bare engine", guided] = bare(setting, guided)
+        for placement in ("colocated", "deployment"):
+            with endpoint(folder, placement):
+                for guided in (False, True):
+                    found[placement, guided] = served(setting, guided)
+    rows = []
+    for (case, guided), measured in found.items():
+        name = f"{case}, {'steered' if guided else 'base model'}"
+        rows.append(Row(name, "throughput", measured.rate, "tokens/s"))
+        rows.append(Row(name, "time to first token, median", measured.median_first, "ms"))
+    for guided in (False, True):
+        kind = "steered" if guided else "base model"
+        engine, colocated, apart = (found[case, guided] for case in ("bare engine", "colocated", "deployment"))
+        rows.append(Row(f"colocated / bare engine, {kind}", "throughput", colocated.rate / engine.rate, "x", ">= 0.9"))
+        later = colocated.median_first - engine.median_first
+        rows.append(Row(f"colocated - bare engine, {kind}", "time to first token", later, "ms", "<= 30"))
+        if guided:
+            rows.append(
+                Row(f"deployment / colocated, {kind}", "throughput", apart.rate / colocated.rate, "x", ">= 0.6")
+            )
+    show(rows, f"{STREAMS} streams of {TOKENS} tokens, {THREADS} CPUs")
+    write(rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
