@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -34,6 +34,12 @@ class Question:
     soft_B: np.ndarray
     closed: list[int]
     """Sequences to forget."""
+
+    def part(self, part: slice) -> Question:
+        """The question about some of its sequences alone; each has candidates."""
+        lists = {name: getattr(self, name)[part] for name in ("sequences", "held", "fresh", "shared")}
+        arrays = {name: getattr(self, name)[part] for name in ("candidates_BK", "valid_BK", "strengths_BJ", "soft_B")}
+        return replace(self, **lists, **arrays, rows=list(range(len(lists["sequences"]))), closed=[])
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from ray import serve
 
@@ -38,17 +39,11 @@ class Reader:
             self._forget(name)
         if not names:
             return Reply(self._replica)
-        missing = [
-            i for i, name in enumerate(names) if question.held[i] and self._read.get(name) != question.held[i]
-        ] + [
-            i
-            for i, (number, length) in enumerate(question.shared)
-            if length and self._read.get((question.caller, number), 0) < length
-        ]
-        if missing:
-            return Reply(self._replica, sorted(set(missing)))
+        if missing := self._missing(question):
+            return Reply(self._replica, missing)
         longest = max(held + len(fresh) for held, fresh in zip(question.held, question.fresh, strict=True))
-        self._make_room(set(names), longest + 1)
+        if not self._make_room(set(names), longest + 1) and len(names) > 1:
+            return self._in_halves(question)
         taken = [self._begin(name, i, question) for i, name in enumerate(names)]
         values, positions = self._scorer.answer(
             ScoreBatch(
@@ -68,6 +63,28 @@ class Reader:
     def values(self, token_ids: Sequence[int]) -> list[list[float]]:
         """V after each token of a text: [T][J]. Raises VasError as the scorer's `values` does."""
         return self._scorer.values(token_ids).tolist()
+
+    def _missing(self, question: Question) -> list[int]:
+        """Sequences, as indices, that are not here as the question says."""
+        found = []
+        for i, number in enumerate(question.sequences):
+            source, shared = question.shared[i]
+            here = self._read.get((question.caller, number), 0)
+            if (question.held[i] and here != question.held[i]) or self._read.get((question.caller, source), 0) < shared:
+                found.append(i)
+        return found
+
+    def _in_halves(self, question: Question) -> Reply:
+        """Answer a question about more sequences than there is room for at once; those of one half make way."""
+        middle = len(question.sequences) // 2
+        replies = []
+        for part in (slice(None, middle), slice(middle, None)):
+            reply = self.answer(question.part(part))
+            if reply.missing:
+                return Reply(self._replica, [i + (part.start or 0) for i in reply.missing])
+            replies.append(reply)
+        values = np.concatenate([reply.values_BKJ for reply in replies if reply.values_BKJ is not None])
+        return Reply(self._replica, [], values, [count for reply in replies for count in reply.positions])
 
     def _begin(self, name: tuple[str, int], i: int, question: Question) -> tuple[int, ...]:
         """Read all of a sequence that is not for the pass with the candidates; returns what is."""
@@ -91,12 +108,14 @@ class Reader:
         if self._read.pop(name, None) is not None:
             self._scorer.close(name)
 
-    def _make_room(self, wanted: set[tuple[str, int]], longest: int) -> None:
-        """Forget the sequences that were asked about longest ago, until there is room."""
+    def _make_room(self, wanted: set[tuple[str, int]], longest: int) -> bool:
+        """Forget the sequences that were asked about longest ago, until there is room; returns whether there is."""
         others = sorted((name for name in self._asked if name not in wanted), key=self._asked.__getitem__)
-        longest = max([longest, *self._read.values()])
-        while others and not self._scorer.fits(len(wanted | self._read.keys()), longest):
+        while not self._scorer.fits(len(wanted | self._read.keys()), max([longest, *self._read.values()])):
+            if not others:
+                return False
             self._forget(others.pop(0))
+        return True
 
 
 class ValueReplica:

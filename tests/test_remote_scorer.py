@@ -1,0 +1,150 @@
+"""A value model behind calls: the same tokens as in the engine's own process, whatever becomes of its replicas."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from tiny import tiny_base, tiny_tokenizer, tiny_value
+
+from vas.decoding.engine import Engine
+from vas.decoding.scorer import ValueScorer
+from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
+from vas.serving.calls import Question, Reply
+from vas.serving.remote import RemoteScorer
+from vas.serving.value import Reader
+
+SCHEDULES = ("token", "entropy:2.5", "block:3")
+
+
+class Done:
+    """A call that has come back, or not."""
+
+    def __init__(self, outcome: Reply | Exception) -> None:
+        self._outcome = outcome
+
+    def result(self, timeout_s: float) -> Reply:
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+
+class Replicas:
+    """Replicas of the tiny value model in this process. faults: the share of calls that end badly."""
+
+    def __init__(self, count: int = 1, faults: float = 0.0, kv_tokens: int | None = None) -> None:
+        self._count, self._faults, self._kv_tokens = count, faults, kv_tokens
+        self._chance = random.Random(0)
+        self._readers: dict[str, Reader] = {}
+        self._born = 0
+        self.calls = self.missed = 0
+        self.down = False
+
+    def ask(self, replica: str | None, question: Question) -> Done:
+        """Answer as a replica does: the one that is named if it lives, else another."""
+        if self.down:
+            return Done(ConnectionError("nobody is there"))
+        while len(self._readers) < self._count:
+            self._born += 1
+            name = f"replica {self._born}"
+            self._readers[name] = Reader(ValueScorer(name, tiny_value()), name, self._kv_tokens)
+        name = replica if replica in self._readers else self._chance.choice(sorted(self._readers))
+        self.calls += 1
+        fate = self._chance.random()
+        if fate < self._faults / 2:  # it dies before it answers
+            del self._readers[name]
+            return Done(ConnectionError("it died"))
+        reply = self._readers[name].answer(question)
+        if fate < self._faults:  # it answers, and the answer is lost
+            return Done(ConnectionError("it was lost"))
+        self.missed += bool(reply.missing)
+        return Done(reply)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that they hold."""
+        return sum(len(reader._read) for reader in self._readers.values())
+
+
+def requests(schedule: str = "token") -> list[Request]:
+    """Prompts of several lengths, some of them shared, steered and not."""
+    guidance = GuidanceParams({"positive": 2.0}, candidates=4, schedule=schedule)
+    made = []
+    for number in range(8):
+        prompt = tuple(tiny_tokenizer()("the fox rests " * (1 + number // 2)).input_ids)
+        how = guidance if number != 3 else GuidanceParams()
+        made.append(Request(str(number), prompt, SamplingParams(max_tokens=12, seed=number), how))
+    return made
+
+
+def remote(replicas: Replicas, **options) -> RemoteScorer:
+    """The scorer that asks them."""
+    return RemoteScorer("value", ("positive",), 1024, False, replicas.ask, "base 1", **options)
+
+
+def decode(scorer, schedule: str, **options) -> list[tuple[list[int], float]]:
+    done = Engine(tiny_base(), [scorer], **{"max_sequences": 6} | options).generate(requests(schedule))
+    return [(each.token_ids, pytest.approx(each.kl, abs=1e-3)) for each in done]
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    monkeypatch.setattr("vas.serving.remote.PAUSE", 0.0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("options", "replicas"),
+    [
+        ({}, Replicas()),
+        ({"kv_tokens": 384}, Replicas(2)),  # sequences are sent back to wait
+        ({}, Replicas(3, faults=0.2)),
+        ({}, Replicas(1, kv_tokens=192)),  # it forgets what it has no room for
+    ],
+    ids=["one", "preemption", "faults", "little room"],
+)
+def test_tokens_are_those_of_a_scorer_in_the_process(schedule, options, replicas):
+    expected = decode(ValueScorer("value", tiny_value()), schedule)
+    scorer = remote(replicas)
+    assert decode(scorer, schedule, **options) == expected
+    assert replicas.calls
+    assert not scorer._sequences
+    if not replicas._faults:
+        assert replicas.sequences == 0  # what ends is closed there too
+
+
+def test_a_step_without_an_answer_is_the_base_models(monkeypatch):
+    monkeypatch.setattr("vas.serving.remote.IMPATIENCE", 0.0)
+    replicas = Replicas()
+    replicas.down = True
+    engine = Engine(tiny_base(), [remote(replicas, patience=0.0)])
+    steered = requests()[0]
+    [lost] = engine.generate([steered])
+    [base] = engine.generate([replace(steered, guidance=GuidanceParams())])
+    assert lost.token_ids == base.token_ids
+    assert lost.lost_steps == len(lost.token_ids)
+    replicas.down = False
+    [found] = engine.generate([steered])
+    [expected] = Engine(tiny_base(), [ValueScorer("value", tiny_value())]).generate([steered])
+    assert (found.token_ids, found.lost_steps) == (expected.token_ids, 0)
+
+
+def test_a_call_a_step_for_each_replica():
+    replicas = Replicas()
+    engine = Engine(tiny_base(), [remote(replicas)])
+    engine.generate(requests())
+    assert replicas.calls <= 12 + 2  # a step each, and the farewell
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:2])
+def test_a_response_goes_on_at_another_engine(schedule):
+    """What a gateway asks for when a replica died: the rest of a response, from its tokens so far."""
+    [whole] = Engine(tiny_base(), [ValueScorer("value", tiny_value())]).generate(requests(schedule)[:1])
+    for length in (1, 5, len(whole.token_ids) - 1):
+        rest = replace(requests(schedule)[0], begun=tuple(whole.token_ids[:length]))
+        engine = Engine(tiny_base(), [ValueScorer("value", tiny_value())])
+        tokens = list(engine.stream(rest))
+        assert [*rest.begun, *(token.token_id for token in tokens)] == whole.token_ids
+        assert whole.text.endswith("".join(token.text for token in tokens))
+        assert tokens[-1].finish_reason == whole.finish_reason
