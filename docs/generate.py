@@ -1,4 +1,4 @@
-"""Writes docs/config.md and docs/cli.md from the code they describe.
+"""Writes docs/config.md, docs/serving-config.md and docs/cli.md from the code they describe.
 
     python docs/generate.py
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 from vas.cli.main import app  # noqa: E402  (it is this checkout that is described)
 from vas.config import RunConfig  # noqa: E402  (of this checkout, too)
+from vas.serving.config import Serving  # noqa: E402  (of this checkout, too)
 
 NOTE = "<!-- Written by docs/generate.py; change the code and run it again. -->"
 
@@ -53,10 +54,29 @@ mend), and with 130 after Ctrl-C.
 """
 
 
+SERVING_INTRO = """\
+# The endpoint's config
+
+What `vas serve FILE` reads, and what `args` of the application are in a file for `serve deploy`; `vas serve RUN` has
+the defaults below, with the run as its `run`. [serving.md](serving.md) says what to do with it. `--set KEY=VALUE`
+overrides a key, as for a run.
+"""
+
+
 def config_page() -> str:
-    """docs/config.md: a table a section, a row a key."""
-    lines = [NOTE, "", CONFIG_INTRO]
-    for path, section in _sections(RunConfig, ""):
+    """docs/config.md: the keys of a run."""
+    return _keys_page(RunConfig, CONFIG_INTRO)
+
+
+def serving_page() -> str:
+    """docs/serving-config.md: the keys of an endpoint."""
+    return _keys_page(Serving, SERVING_INTRO)
+
+
+def _keys_page(root: type[BaseModel], intro: str) -> str:
+    """A table a section, a row a key."""
+    lines = [NOTE, "", intro]
+    for path, section in _sections(root, ""):
         lines += [f"## `{path}`" if path else "## Top level", ""]
         if section.__doc__ and path:
             lines += [_sentence(section.__doc__), ""]
@@ -86,8 +106,8 @@ def cli_page() -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated file with its content."""
-    made = {DOCS / "config.md": config_page(), DOCS / "cli.md": cli_page()}
-    return {path: text.rstrip("\n") + "\n" for path, text in made.items()}
+    made = {"config": config_page(), "serving-config": serving_page(), "cli": cli_page()}
+    return {DOCS / f"{name}.md": text.rstrip("\n") + "\n" for name, text in made.items()}
 
 
 def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -96,15 +116,18 @@ def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[B
     for name, field in section.model_fields.items():
         child = _child(field)
         if child is not None:
-            part = f"{name}.OBJECTIVE" if get_origin(field.annotation) is dict else name
+            entry = "OBJECTIVE" if name == "rewards" else "NAME"
+            part = f"{name}.{entry}" if get_origin(field.annotation) is dict else name
             yield from _sections(child, f"{path}.{part}" if path else part)
 
 
 def _child(field: FieldInfo) -> type[BaseModel] | None:
     """The section that a key holds, if it holds one."""
-    for kind in (field.annotation, *get_args(field.annotation)):
+    kinds = [field.annotation]
+    for kind in kinds:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
+        kinds += get_args(kind)
     return None
 
 
@@ -119,6 +142,8 @@ def _type(kind: Any) -> str:
         return " or ".join(_type(each) for each in inside)
     if origin is list:
         return f"list of {_type(inside[0])}"
+    if origin is tuple:
+        return f"list of {len(inside)}: {', '.join(map(_type, inside))}"
     if origin is dict:
         return f"mapping of {_type(inside[0])} to {_type(inside[1])}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):

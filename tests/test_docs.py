@@ -9,6 +9,7 @@ import pytest
 from command import ROOT, python, tiny_run
 
 from vas.config import RunConfig, load_config
+from vas.serving.config import Serving
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -38,9 +39,10 @@ def test_the_generated_pages_are_up_to_date():
 
 
 def test_every_key_of_the_config_has_a_meaning():
-    for path, section in generator()._sections(RunConfig, ""):
-        for name, field in section.model_fields.items():
-            assert field.description, f"{path}.{name} has no docstring"
+    for config in (RunConfig, Serving):
+        for path, section in generator()._sections(config, ""):
+            for name, field in section.model_fields.items():
+                assert field.description, f"{path}.{name} has no docstring"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -72,7 +74,7 @@ def test_the_configs_shown_are_valid(tmp_path):
 def test_the_example_of_the_library_runs(tmp_path):
     """README's Python runs as it stands, on a tiny run in the place of the one it names."""
     run = tiny_run(tmp_path)
-    (code,) = blocks(ROOT / "README.md", "python")
+    (code,) = [code for code in blocks(ROOT / "README.md", "python") if "Engine(" in code]
     assert code.count('"runs/demo"') == 1
     code = code.replace('"runs/demo"', json.dumps(run.location))
     found = python("-c", code)

@@ -49,8 +49,11 @@ class Preset(Section):
     objectives: Strengths
     """Objective → strength β."""
     candidates: int | None = Field(None, gt=0)
+    """Tokens that value models score at each step; default 20."""
     value: Literal["expected", "soft"] | None = None
+    """What a categorical head's histogram stands for; default `expected`."""
     schedule: str | None = Field(None, pattern=f"^({SCHEDULE})$")
+    """Steps that are guided: `token` (the default), `entropy:NATS` or `block:TOKENS`."""
 
 
 class Limits(Section):
@@ -90,6 +93,7 @@ class Gate(Section):
     presets: dict[Name, Preset] = Field(default_factory=dict)
     """Name → guidance, served as the model `MODEL:NAME`."""
     limits: Limits = Field(default_factory=Limits)
+    """What requests may ask for."""
     keys: str | None = None
     """File of API keys, see docs/serving.md; without one, whoever reaches the endpoint may use it."""
     system: str | None = None
@@ -106,6 +110,7 @@ class Serving(Section):
     name: Name | None = None
     """The model's name to clients; default the last part of the base model's."""
     base: Base | None = None
+    """The base model; default the run's."""
     value_models: list[ValueModelSpec] | None = None
     """Default the run's value model, colocated; an empty list serves the base model alone."""
     placement: Literal["colocated", "deployment"] | None = None
@@ -113,6 +118,7 @@ class Serving(Section):
     replicas: Replicas = Field(default_factory=Replicas)
     """Of the base model."""
     gateways: Replicas = Field(default_factory=lambda: Replicas(cpus=0.5))
+    """Of the HTTP side."""
     max_sequences: int = Field(32, gt=0)
     """Responses that a replica decodes at once."""
     max_waiting: int = Field(32, ge=0)
@@ -125,6 +131,7 @@ class Serving(Section):
     drain_seconds: float = Field(600.0, gt=0)
     """How long a replica that is to stop finishes what it has begun."""
     gate: Gate = Field(default_factory=Gate)
+    """What the gateway lets in, and how."""
 
     @property
     def concurrency(self) -> int:
