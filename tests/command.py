@@ -42,6 +42,11 @@ def python_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "COLUMNS": "400", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a documentation page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def interrupt(process: subprocess.Popen[str]) -> str:
     """Ctrl-C for a process that takes it well; returns what it says on stderr."""
     process.send_signal(signal.SIGINT)

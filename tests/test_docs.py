@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from command import ROOT, python, tiny_run
+from command import ROOT, blocks, python, tiny_run
 
 from vas.config import RunConfig, load_config
 from vas.serving.config import Serving
@@ -26,11 +26,6 @@ def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of a page in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_the_generated_pages_are_up_to_date():

@@ -24,6 +24,9 @@ class Done:
     def __init__(self, outcome: Reply | Exception) -> None:
         self._outcome = outcome
 
+    def cancel(self) -> None:
+        pass
+
     def result(self, timeout_s: float) -> Reply:
         if isinstance(self._outcome, Exception):
             raise self._outcome
@@ -115,7 +118,7 @@ def test_tokens_are_those_of_a_scorer_in_the_process(schedule, options, replicas
 
 
 def test_a_step_without_an_answer_is_the_base_models(monkeypatch):
-    monkeypatch.setattr("vas.serving.remote.IMPATIENCE", 0.0)
+    monkeypatch.setattr("vas.serving.remote.REST", 0.0)
     replicas = Replicas()
     replicas.down = True
     engine = Engine(tiny_base(), [remote(replicas, patience=0.0)])

@@ -78,9 +78,10 @@ def states() -> list[dict[str, Any]]:
     return [serve.get_deployment_handle("BaseModel", "vas").state.remote().result(timeout_s=30)]
 
 
-def idle() -> dict[str, Any]:
+def idle(seconds: float = 20) -> dict[str, Any]:
     """The base model's replica, once nothing is under way."""
-    return wait_until(lambda: next((s for s in states() if not s["running"] + s["waiting"]), None), 20, "idle", 0.2)
+    nothing = lambda: next((state for state in states() if not state["running"] + state["waiting"]), None)  # noqa: E731
+    return wait_until(nothing, seconds, "idle", 0.1)
 
 
 def get(path: str, **options: Any) -> httpx.Response:

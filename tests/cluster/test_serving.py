@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 import schemathesis
+from command import ROOT, blocks
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -15,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving import CHAT, URL, client, cluster, get, idle, keys_of, post, run
+from serving import CHAT, PORT, URL, client, cluster, get, idle, keys_of, post, run, states
 
 from vas.decoding.engine import Engine
 from vas.decoding.scorer import make_scorer
@@ -39,7 +41,7 @@ def folder(tmp_path_factory):
 def keys(folder):
     """The endpoint, and the keys it was made of."""
     presets = {"cheerful": {"objectives": {"positive": 2.0, "short": -1.0}}}
-    limits = {"body_bytes": 200_000, "max_tokens": 64, "n": 8, "strengths": {"short": [-3, 3]}}
+    limits = {"body_bytes": 200_000, "max_tokens": 800, "n": 8, "strengths": {"short": [-3, 3]}}
     content = keys_of(folder, gate={"presets": presets, "limits": limits})
     with cluster():
         run(content)
@@ -139,7 +141,7 @@ def test_stop_bias_and_greed():
         (openai.NotFoundError, {"model": "tiny:gloomy"}, "does not exist"),
         (openai.BadRequestError, {"temperature": 3}, "less than or equal to 2"),
         (openai.BadRequestError, {"n": 9}, "more than 8"),
-        (openai.BadRequestError, {"max_tokens": 65}, "64 at most"),
+        (openai.BadRequestError, {"max_tokens": 801}, "800 at most"),
         (openai.BadRequestError, {"messages": []}, "messages"),
         (openai.BadRequestError, {"messages": [{"role": "user", "content": "word " * 2000}]}, "tokens, more than"),
         (openai.BadRequestError, {"stop": ["x"] * 17}, "more than 16"),
@@ -200,6 +202,26 @@ def test_hostile_bodies_are_refused(body):
     assert chat(max_tokens=2).choices  # it lives
 
 
+def test_halves_of_characters_are_refused():
+    body = (
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "guidance": {"objectives": {"\\ud800": 1}}}'
+    )
+    assert post("/v1/chat/completions", content=body).status_code == 400
+    assert post("/v1/score", content=b'{"text": "x", "objectives": ["\\ud800"]}').status_code == 400
+
+
+def test_too_many_at_once_are_told_to_come_again(keys):
+    """Two replies' worth of choices more than a replica takes."""
+    asked = {"model": "tiny", "messages": CHAT, "max_tokens": 60, "n": 8}
+    with ThreadPoolExecutor(24) as threads:
+        found = list(threads.map(lambda _: post("/v1/chat/completions", json=asked), range(24)))
+    statuses = {response.status_code for response in found}
+    assert statuses == {200, 503}
+    full = next(response for response in found if response.status_code == 503)
+    assert int(full.headers["retry-after"]) >= 1
+    assert full.json()["error"]["code"] == "overloaded"
+
+
 def test_completions_refuse_hostile_prompts():
     for prompt in ([], [""], "", [[]], [-1], [10**9], [[1], [10**9]], [1, "a"], ["x"] * 9, [None], {"a": 1}):
         response = post("/v1/completions", json={"model": "tiny", "prompt": prompt})
@@ -240,15 +262,29 @@ def test_paths_and_methods_that_are_not_there():
 
 
 def test_a_client_that_leaves_frees_its_sequence():
-    held = idle()["kv_bytes"]
-    streams = [chat(stream=True, max_tokens=64, extra_body=STEERED) for _ in range(4)]
-    for stream in streams:
-        next(iter(stream))
-        stream.response.close()
-    assert idle()["kv_bytes"] <= held
+    endless = {"max_tokens": 800, "n": 4, "extra_body": STEERED, "logit_bias": {"0": -100}}  # 0 ends a response
+    stream = chat(stream=True, **endless)
+    next(iter(stream))
+    busy = states()[0]
+    assert busy["running"] == 4
+    stream.response.close()
+    assert idle(seconds=3)["kv_bytes"] < busy["kv_bytes"]
     with pytest.raises(openai.APITimeoutError):
-        client(timeout=0.05).chat.completions.create(model="tiny", messages=CHAT, max_tokens=64, n=8)
-    assert idle()["streams"] == 0
+        client(timeout=0.5).chat.completions.create(model="tiny", messages=CHAT, **endless)
+    assert idle(seconds=3)["streams"] == 0
+
+
+def test_the_example_of_the_readme_runs(keys):
+    [code] = [each for each in blocks(ROOT / "README.md", "python") if "OpenAI(" in each]
+    for shown, here in (
+        ("127.0.0.1:8000", f"127.0.0.1:{PORT}"),
+        ("smollm2-135m-instruct", "tiny"),
+        ("brief", "concise"),
+    ):
+        assert shown in code
+        code = code.replace(shown, here)
+    exec(code, space := {})
+    assert space["chat"].choices[0].message.content
 
 
 def test_metrics_count_what_was_done():

@@ -47,10 +47,9 @@ def serve_forever(target: str, overrides: list[str], host: str, port: int) -> No
             signal.signal(number, lambda *_: stopped.set())
         stopped.wait()
         console.print("Stopping; what has begun is finished first.")
+        serve.delete(NAME)
         if local:
             serve.shutdown()
-        else:
-            serve.delete(NAME)
 
 
 def _content(target: str, overrides: list[str]) -> dict[str, Any]:
@@ -59,7 +58,11 @@ def _content(target: str, overrides: list[str]) -> dict[str, Any]:
         return override({"run": target}, overrides)
     content = read_config(target)
     if "applications" in content:
-        content = content["applications"][0]["args"]
+        application = content["applications"][0]
+        content = dict(application["args"])
+        for each in application.get("deployments", []):
+            if each["name"] == "Gateway":
+                content["gate"] = content.get("gate", {}) | each.get("user_config", {})
     return override(content, overrides)
 
 

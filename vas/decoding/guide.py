@@ -40,6 +40,8 @@ class Guide:
         self._relative = {name for scorer in scorers if scorer.relative for name in scorer.objectives}
         self._last: tuple[list[int], Tensor, Tensor, Tensor, Tensor] | None = None
         """The last step: its guided rows, candidates and which of them count, values and advantages."""
+        self._lost: dict[int, set[str]] = {}
+        """Rows of the last step, with the objectives that there were no values of."""
 
     def scorers_of(self, request: Request) -> list[Scorer]:
         """The scorers that a request's objectives need."""
@@ -67,7 +69,8 @@ class Guide:
         drop = torch.tensor([p.outside == "drop" for p in params])
         result = guidance.combine(policy, tokens, valid, advantage, strengths, drop)
         for b in rows:
-            sequences[b].completion.guided_steps += 1
+            lost = self._lost.get(b, set())
+            sequences[b].completion.guided_steps += not sequences[b].request.guidance.active <= lost
         return result if every else base_BV.index_copy(0, torch.tensor(rows, device=device), result)
 
     def scores(self, sequences: Many[Sequence], drawn: Many[int]) -> dict[int, dict[str, Score]]:
@@ -83,7 +86,7 @@ class Guide:
         found: dict[int, dict[str, Score]] = {}
         for r, b in enumerate(rows):
             found[b] = {}
-            for name in sequences[b].request.guidance.active:
+            for name in sequences[b].request.guidance.active - self._lost.get(b, set()):
                 j = self.objectives[name]
                 value = values[r][0][j] if scored[r] and name not in self._relative else None
                 found[b][name] = Score(value, advantages[r][0][j] if scored[r] else 0.0)
@@ -125,6 +128,7 @@ class Guide:
         """
         values = torch.zeros(*tokens_BK.shape, len(self.objectives), device=tokens_BK.device)
         guided = set(rows)
+        self._lost = {}
         with self._clock.part("value"):
             asked = []
             for scorer in sorted(self._scorers, key=lambda scorer: isinstance(scorer, InProcess)):
@@ -153,14 +157,16 @@ class Guide:
             for scorer, users, asking, own, answer in asked:
                 try:
                     scored, positions = answer()
-                    values[asking, :, own] = scored.to(values)
-                except ScorerUnreachable:
-                    positions = [0] * len(users)
-                    for i in asking:
-                        sequences[rows[i]].completion.lost_steps += 1
+                except ScorerUnreachable as missing:
+                    scored, positions = missing.answer
+                    for i in missing.lost:
+                        self._lost.setdefault(rows[asking[i]], set()).update(scorer.objectives)
+                values[asking, :, own] = scored.to(values)
                 for b, count in zip(users, positions, strict=True):
                     sequences[b].read[scorer.name] = len(sequences[b]) - unread
                     sequences[b].completion.scored(scorer.name, count)
+        for b in self._lost:
+            sequences[b].completion.lost_steps += sequences[b].fork == 0
         return values
 
     def _catch_up(self, scorer: Scorer, sequences: Many[Sequence], spared: int) -> None:

@@ -36,7 +36,8 @@ class Loop:
     """Decodes the requests of many callers at once. All methods may be called from any thread.
 
     make: gives the engine; it is called in the loop's own thread, for torch counts its threads by the caller.
-    after: is called after each step, in that thread too, with how many tokens the step made and its seconds.
+    after: is called after each step, in that thread too, with how many tokens the step made and its seconds; with 0
+    and 0 when a request was dropped.
     """
 
     def __init__(self, make: Callable[[], Engine], after: Callable[[int, float], None] | None = None) -> None:
@@ -86,6 +87,8 @@ class Loop:
         def drop(engine: Engine) -> None:
             engine.abort(request_id)
             self._forget(request_id)
+            if self._after is not None:
+                self._after(0, 0.0)
 
         self._inbox.put((drop, Future()))
 
@@ -94,6 +97,8 @@ class Loop:
         result: Future[T] = Future()
 
         def run(engine: Engine) -> None:
+            if not result.set_running_or_notify_cancel():
+                return  # nobody waits any more
             try:
                 result.set_result(function(engine))
             except Exception as error:
@@ -109,18 +114,27 @@ class Loop:
             ready.set_exception(error)
             return
         ready.set_result(engine)
-        while True:
-            while not engine.busy or not self._inbox.empty():  # wait while there is nothing to decode
-                self._inbox.get()[0](engine)
-            try:
+        try:
+            while True:
+                while not engine.busy or not self._inbox.empty():  # wait while there is nothing to decode
+                    self._inbox.get()[0](engine)
                 self._step(engine)
-            except EngineDied as death:
-                self.death = death
-                for future in self._waiting.values():
-                    future.set_exception(death)
-                self._waiting.clear()
-                while True:  # whoever still asks is told
-                    self._inbox.get()[1].set_exception(death)
+        except EngineDied as death:
+            self._die(death)
+        except BaseException as error:  # a mistake of ours: nobody must wait for a thread that is gone
+            logger.exception("the engine's loop failed")
+            self._die(EngineDied(f"the engine's loop failed: {describe(error)}"))
+
+    def _die(self, death: EngineDied) -> None:
+        """Tell all who wait, and whoever still asks."""
+        self.death = death
+        for future in self._waiting.values():
+            future.set_exception(death)
+        self._waiting.clear()
+        while True:
+            future = self._inbox.get()[1]
+            if not future.done():
+                future.set_exception(death)
 
     def _step(self, engine: Engine) -> None:
         started = time.perf_counter()

@@ -100,6 +100,15 @@ class ModelRunner:
             for owner in range(count):
                 self.cache.free(owner)
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """A cache of its own for the time of the block, which takes no room from the sequences under way."""
+        before, self.cache = self.cache, KVCache(self.device, None)
+        try:
+            yield
+        finally:
+            self.cache = before
+
     @torch.inference_mode()
     def extend(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]], logits: bool = False) -> Tensor:
         """Append tokens to sequences; returns every token's output [N, ...], in the sequences' order.

@@ -48,7 +48,14 @@ Answer = tuple[Tensor, list[int]]
 
 
 class ScorerUnreachable(Exception):
-    """A scorer outside of this process gives no answer now; it may know the sequences again at the next step."""
+    """A scorer outside of this process has no answer for some sequences now; it may have one at the next step.
+
+    answer: what there is; the values of the others are 0. lost: their rows among the batch's candidates.
+    """
+
+    def __init__(self, answer: Answer, lost: list[int]) -> None:
+        super().__init__(f"no values for {len(lost)} sequences")
+        self.answer, self.lost = answer, lost
 
 
 class Scorer(Protocol):
@@ -154,7 +161,7 @@ class InProcess:
         """
         if self.relative:
             raise VasError("this value model only compares next tokens; it has no values of texts", self.name)
-        with self._runner.sequences(1) as owners:
+        with self._runner.apart(), self._runner.sequences(1) as owners:
             return self._model.values(self._model.outputs(self._runner.extend(owners, [token_ids])))
 
 

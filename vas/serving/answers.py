@@ -157,7 +157,7 @@ def _guidance_of(choice: Choice) -> dict[str, Any]:
             "objectives": {name: asked.objectives[name] for name in values},
             "mean_value": {name: fmean(each) if each else None for name, each in values.items()},
             "kl": sum(token.kl for token in choice.tokens),
-            "guided_steps": sum(asked.blockwise or bool(t.scores) for t in choice.tokens) - choice.lost_steps,
+            "guided_steps": choice.guided_steps,
             "lost_steps": choice.lost_steps,
         }
     }

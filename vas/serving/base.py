@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from typing import Any
 
 from ray import serve
@@ -19,7 +21,7 @@ from vas.decoding.sequence import Completion, Request, Token
 from vas.errors import EngineDied, VasError
 from vas.models.base import load_base, quieten, set_threads
 from vas.models.value import ValueModel, ValueModelConfig, check_tokenizers
-from vas.serving.calls import Event, Question
+from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question
 from vas.serving.config import Settled, ValueModelSpec
 from vas.serving.metrics import EngineMetrics
 from vas.serving.remote import Pending, RemoteScorer
@@ -39,6 +41,7 @@ class BaseReplica:
         self._open, self._sends = 0, settled.serving.sends_per_second
         self._base = load_base(settled.base, "cuda" if settled.serving.replicas.gpus else "cpu")
         self._local: dict[str, InProcess] = {}
+        self._filled: list[_Mailbox] = []
         self._loop = Loop(self._make, self._measure)
 
     def _make(self) -> Engine:
@@ -82,7 +85,10 @@ class BaseReplica:
 
         streamed: somebody reads along. Leaving it early drops the requests before the next step.
         """
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        if self._loop.engine.waiting + len(requests) > max(self._settled.serving.max_waiting, len(requests)):
+            yield [Event(0, error=(503, OVERLOADED, "too many requests are waiting"))]
+            return
+        mailbox = _Mailbox(asyncio.get_running_loop(), self._filled)
         left = {}
         for choice, request in enumerate(requests):
             left[choice] = request.request_id
@@ -138,15 +144,19 @@ class BaseReplica:
             raise self._loop.death
 
     def _measure(self, tokens: int, seconds: float) -> None:
+        while self._filled:
+            self._filled.pop().post()
         engine = self._loop.engine
         self._metrics.step(tokens, seconds, engine.running, engine.waiting, engine.kv_bytes)
 
 
 class _Mailbox:
-    """Events on their way from the engine's thread to the event loop's."""
+    """Events on their way from the engine's thread to the event loop's; those of a step come together."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop, self._lock = loop, threading.Lock()
+    def __init__(self, loop: asyncio.AbstractEventLoop, filled: list[_Mailbox]) -> None:
+        """filled: where it enters itself once it has something for the end of the step."""
+        self._loop, self._filled, self._lock = loop, filled, threading.Lock()
+        self._step: list[Event] = []
         self._events: list[Event] = []
         self._some, self._end = asyncio.Event(), asyncio.Event()
 
@@ -178,26 +188,38 @@ class _Mailbox:
 
         def listen(token: Token, completion: Completion) -> None:
             if completion.lost_steps and fails:
-                self._put(Event(choice, error=(503, "value_model_unavailable", _UNREACHABLE)), True)
+                self._add(Event(choice, error=(503, "value_model_unavailable", _UNREACHABLE)))
                 loop.abort(request.request_id)
             else:
-                self._put(Event(choice, token, completion.lost_steps), bool(token.finish_reason))
+                self._add(Event(choice, token, completion.guided_steps, completion.lost_steps))
 
-        def done(result: Any) -> None:
+        def done(result: Future[Any]) -> None:
             error = result.exception() or result.result()
             if isinstance(error, VasError):
-                self._put(Event(choice, error=(400, "invalid_value", str(error))), True)
+                self._add(Event(choice, error=(400, "invalid_value", str(error))))
+                self.post()
             elif isinstance(error, EngineDied):
-                self._put(Event(choice, error=(599, "engine_died", str(error))), True)
+                self._add(Event(choice, error=(ENGINE_DIED, "engine_died", str(error))))
+                self.post()
+                threading.Timer(1.0, os._exit, (1,)).start()  # it would answer fastest, and so be asked most
 
         loop.submit(request, listen).add_done_callback(done)
 
-    def _put(self, event: Event, ends: bool) -> None:
+    def _add(self, event: Event) -> None:
+        if not self._step:
+            self._filled.append(self)
+        self._step.append(event)
+
+    def post(self) -> None:
+        """Hand over what the step has brought."""
+        step, self._step = self._step, []
+        ends = any(event.token is None or event.token.finish_reason for event in step)
         with self._lock:
             wake = not self._events
-            self._events.append(event)
+            self._events += step
         if wake or ends:
-            self._loop.call_soon_threadsafe(self._ring, ends)
+            with contextlib.suppress(RuntimeError):  # the event loop has ended, and so has the replica
+                self._loop.call_soon_threadsafe(self._ring, ends)
 
     def _ring(self, ends: bool) -> None:
         with self._lock:

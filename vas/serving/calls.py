@@ -8,6 +8,9 @@ import numpy as np
 
 from vas.decoding.sequence import Token
 
+OVERLOADED = "overloaded"
+ENGINE_DIED = 599  # in the place of a status: another replica may do the same work
+
 
 @dataclass(slots=True)
 class Question:
@@ -60,10 +63,11 @@ class Event:
 
     choice: int
     token: Token | None = None
+    guided_steps: int = 0
     lost_steps: int = 0
-    """Steps so far at which a value model could not be reached."""
+    """Steps so far, at this replica, that value models had a say in, and that one could not be reached for."""
     error: tuple[int, str, str] | None = None
-    """HTTP status, kind and text of what it failed of."""
+    """HTTP status, kind and text of what it failed of; the status ENGINE_DIED stays inside."""
 
 
 @dataclass(slots=True)

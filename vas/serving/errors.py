@@ -21,6 +21,11 @@ KINDS = {
 }
 
 
+def _sendable(text: str) -> str:
+    """No longer than it should be, and without halves of surrogate pairs."""
+    return text[:MOST].encode("utf-8", "replace").decode()
+
+
 class ApiError(Exception):
     """What a client is told instead of an answer.
 
@@ -35,8 +40,9 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        super().__init__(message[:MOST])  # it may quote the client
-        self.status, self.param, self.code, self.retry_after = status, param and param[:100], code, retry_after
+        super().__init__(_sendable(message))  # it may quote the client
+        self.status, self.code, self.retry_after = status, code, retry_after
+        self.param = param and _sendable(param)
 
     @property
     def body(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -21,6 +22,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+logger = logging.getLogger("ray.serve.vas")
 access = logging.getLogger("ray.serve.vas.access")
 
 OPEN = "/health"
@@ -41,12 +43,12 @@ class Front:
         gateway: Gateway = serve.get_replica_context().servable_object
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         request_id = headers.get(b"x-request-id", "")[:64]  # Serve gives one to requests that bring none
-        started, status, caller, ended = time.perf_counter(), 500, "", False
+        started, status, caller, begun, ended = time.perf_counter(), 500, "", False, False
 
         async def answer(message: Message) -> None:
-            nonlocal status, ended
+            nonlocal status, begun, ended
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
             elif not message.get("more_body"):
                 ended = True
             await send(message)
@@ -64,11 +66,21 @@ class Front:
                 await error.response()(scope, receive, answer)
                 return
             await self._app(scope, receive, answer)
+            if not ended:  # the client left, and there was nobody to send the rest to
+                status = CLOSED_BY_CLIENT
+        except asyncio.CancelledError:
+            status = CLOSED_BY_CLIENT
+            raise
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if begun:
+                status = 500
+            else:
+                await ApiError(500, "the server failed").response()(scope, receive, answer)
         finally:
             seconds = time.perf_counter() - started
-            status = status if ended else CLOSED_BY_CLIENT
-            route = scope["path"] if scope.get("endpoint") else "other"
-            if not ended:
+            route = getattr(scope.get("route"), "path", "other")
+            if status == CLOSED_BY_CLIENT:
                 gateway.metrics.disconnect()
             gateway.metrics.request(route, status, caller, seconds)
             line = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}

@@ -18,7 +18,6 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from vas.decoding.sequence import Request as EngineRequest
 from vas.errors import VasError, as_vas_error
 from vas.serving import openapi
 from vas.serving.answers import Answer, ChatAnswer, sse
@@ -91,10 +90,6 @@ def _caller(request: Request) -> Caller:
     return caller
 
 
-def _most_tokens(requests: list[EngineRequest]) -> int:
-    return sum(len(each.prompt_token_ids) + each.sampling.max_tokens for each in requests)
-
-
 @serve.ingress(app)  # what stands below it does not reach the replicas
 class Gateway:
     """Reads requests, asks the base model's replicas, and sends what comes of it."""
@@ -104,23 +99,19 @@ class Gateway:
         self.served = Served.of(settled, digests)
         self._digests = {name: digests[model.value_model] for name, model in self.served.objectives.items()}
         self.metrics = GatewayMetrics()
-        self.gate = settled.serving.gate
-        self._system = self.gate.system
-        self.doorkeeper = Doorkeeper(None)
+        self._first = settled.serving.gate
         self._created = int(time.time())
-        self._admit_keys()
+        self.reconfigure({})
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take over new presets, limits and keys. Raises VasError, and changes nothing, for what is wrong with them."""
-        gate = Gate.model_validate(user_config)
-        if "system" not in gate.model_fields_set:
-            gate.system = self._system
-        self.served.check_gate(gate)
-        self.gate = gate
-        self._admit_keys()
+        """Take over new presets, limits and keys; what is not named stays as the application's arguments say.
 
-    def _admit_keys(self) -> None:
-        self.doorkeeper = Doorkeeper(load_keys(self.gate.keys) if self.gate.keys else None)
+        Raises VasError, and changes nothing, for what is wrong with them. The keys file is read again.
+        """
+        gate = Gate.model_validate(self._first.model_dump(exclude_unset=True) | user_config)
+        self.served.check_gate(gate)
+        self.doorkeeper = Doorkeeper(load_keys(gate.keys) if gate.keys else None)
+        self.gate = gate
 
     @app.post("/v1/chat/completions", **openapi.chat)
     async def chat(self, request: Request) -> Response:
@@ -145,21 +136,25 @@ class Gateway:
         served, caller = self.served, _caller(request)
         if body.model is not None:
             served.preset(body.model, self.gate)
-        names = body.objectives if body.objectives is not None else [o.name for o in served.objectives.values()]
+        every = [each.name for each in served.objectives.values() if not each.relative and caller.may_use(each.name)]
+        names = every if body.objectives is None else body.objectives
         for name in names:
             if name not in served.objectives:
                 raise ApiError(400, f"there is no objective '{name}'", "objectives", "unknown_objective")
-            caller.check_strength(name, 0.0)
-        before = served.encode(self.gate, body.messages) if body.messages else []
-        after = list(served.tokenizer(body.text, add_special_tokens=not before).input_ids)
-        if not after:
-            raise ApiError(400, "the text is empty", "text")
-        served.check_length(self.gate, before + after)
-        caller.spend(len(before) + len(after))
+            if not caller.may_use(name):
+                message = f"this key may not use the objective '{name}'"
+                raise ApiError(403, message, "objectives", "objective_not_allowed")
+        before, after = await asyncio.to_thread(served.encode_pair, self.gate, body.messages, body.text)
+        tokens = len(before) + len(after)
+        caller.spend(tokens)
         models = {served.objectives[name].value_model for name in names}
         order = {m: [o.name for o in served.objectives.values() if o.value_model == m] for m in models}
-        rows = {m: await self._values(m, before + after) for m in models}
-        self.metrics.tokens(caller.name, len(before) + len(after), 0)
+        try:
+            rows = {m: await self._values(m, before + after) for m in models}
+        except BaseException:
+            caller.give_back(tokens)
+            raise
+        self.metrics.tokens(caller.name, tokens, 0)
         return {
             "object": "score",
             "model": served.name,
@@ -171,7 +166,7 @@ class Gateway:
                 ]
                 for name in names
             },
-            "usage": {"prompt_tokens": len(before) + len(after), "total_tokens": len(before) + len(after)},
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
 
     @app.get("/v1/models", **openapi.plain)
@@ -210,10 +205,10 @@ class Gateway:
         caller, tokenizer = _caller(request), self.served.tokenizer
         answer = form(body.model, tokenizer, sum(map(len, prompts)), body.likeliest)
         requests = self.served.requests(body, self.gate, caller, prompts, uuid.uuid4().hex, default)
-        caller.spend(_most_tokens(requests))
+        caller.spend(answer.prompt_tokens + sum(each.sampling.max_tokens for each in requests))
         self.metrics.strengths(requests[0].guidance.objectives)
         choices = [Choice(each) for each in requests]
-        events = self._decode(request, caller, choices, bool(body.stream))
+        events = self._decode(request, caller, choices, answer.prompt_tokens, bool(body.stream))
         if not body.stream:
             async for _ in events:
                 pass
@@ -223,9 +218,12 @@ class Gateway:
         return StreamingResponse(_stream(answer, choices, first, events, usage), media_type="text/event-stream")
 
     async def _decode(
-        self, request: Request, caller: Caller, choices: list[Choice], streamed: bool
+        self, request: Request, caller: Caller, choices: list[Choice], prompt: int, streamed: bool
     ) -> AsyncIterator[list[int]]:
-        """Decode choices to their ends; yields which have new tokens. Counts it all, however it ends."""
+        """Decode choices to their ends; yields which have new tokens. Counts it all, however it ends.
+
+        prompt: tokens of the prompts, each counted once.
+        """
         started, first = time.perf_counter(), None
         events = relay(self._base, choices, streamed, self.metrics.failover)
         try:
@@ -243,22 +241,22 @@ class Gateway:
             raise ApiError(400, known.what) from None
         finally:
             await events.aclose()  # type: ignore[attr-defined]  # it is an async generator
-            prompt = sum(len(choice.request.prompt_token_ids) for choice in choices)
+            read = prompt if first is not None else 0
             sampled = sum(len(choice.tokens) for choice in choices)
-            caller.give_back(_most_tokens([choice.request for choice in choices]) - prompt - sampled)
-            self.metrics.tokens(caller.name, prompt, sampled)
+            caller.give_back(prompt + sum(choice.request.sampling.max_tokens for choice in choices) - read - sampled)
+            self.metrics.tokens(caller.name, read, sampled)
             self._count(choices, first)
-            figures = {"prompt_tokens": prompt, "completion_tokens": sampled}
+            figures = {"prompt_tokens": read, "completion_tokens": sampled}
             request.state.log = figures | {"guidance": choices[0].request.guidance.objectives}
 
     def _count(self, choices: list[Choice], first: float | None) -> None:
-        seconds = 0.0 if first is None else time.perf_counter() - first
         for choice in choices:
             if choice.finish_reason is not None:
                 guided = bool(choice.request.guidance.active)
                 more = len(choice.tokens) - 1
                 kl = sum(token.kl for token in choice.tokens)
-                self.metrics.response(seconds / more if more else None, kl if guided else None)
+                seconds = (choice.ended - first) / more if more and first is not None else None
+                self.metrics.response(seconds, kl if guided else None)
             if choice.lost_steps:
                 self.metrics.unguided()
 

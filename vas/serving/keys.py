@@ -106,6 +106,10 @@ class Caller:
         if not low <= strength <= high:
             raise ApiError(403, f"this key may use strengths of '{objective}' in [{low:g}, {high:g}]", param)
 
+    def may_use(self, objective: str) -> bool:
+        """Whether the key may ask for values of an objective."""
+        return self._key is None or self._key.objectives is None or objective in self._key.objectives
+
     def spend(self, tokens: int) -> None:
         """Count a request of so many tokens at most. Raises ApiError when a budget is used up."""
         for bucket, amount, what in ((self._requests, 1, "requests"), (self._tokens, tokens, "tokens")):

@@ -32,7 +32,7 @@ class EngineMetrics:
         if tokens:
             self._tokens.inc(tokens, self._tags)
             self._batch.observe(tokens, self._tags)
-        self._step.observe(seconds, self._tags)
+            self._step.observe(seconds, self._tags)
         self._running.set(running, self._tags)
         self._waiting.set(waiting, self._tags)
         self._kv.set(kv_bytes, self._tags)

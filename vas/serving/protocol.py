@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vas.choices import SCHEDULE
 from vas.serving.errors import ApiError
 
+LONGEST_STOP = 256  # characters: each token is held against all of them
+
 Strength = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -112,8 +114,8 @@ class SamplingBody(_Body):
     def _check(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream")
-        if not all(self.stops):
-            raise ValueError("a stop string is empty")
+        if not all(0 < len(stop) <= LONGEST_STOP for stop in self.stops):
+            raise ValueError(f"a stop string is empty, or longer than {LONGEST_STOP} characters")
         for token, bias in (self.logit_bias or {}).items():
             if not (token.isascii() and token.isdecimal() and len(token) < 10):
                 raise ValueError("logit_bias goes from token ids to numbers")

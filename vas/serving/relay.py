@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ray.exceptions import RayError, RayTaskError
@@ -17,13 +19,13 @@ from ray.serve.handle import DeploymentHandle
 
 from vas.decoding.sequence import Request, Token
 from vas.errors import EngineDied, causes
-from vas.serving.calls import Event
+from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event
 from vas.serving.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 8  # replicas in a row that die under a request without a token of it
-PAUSE = 0.25  # seconds before the next one is asked
+PATIENCE = 60.0  # seconds without a token in which replicas may die, or be full, under a response that has begun
+PAUSE = 0.25  # seconds before another one is asked
 
 
 @dataclass(slots=True)
@@ -33,7 +35,11 @@ class Choice:
     request: Request
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
+    ended: float = 0.0
+    """When it did, by the clock `time.perf_counter`."""
+    guided_steps: int = 0
     lost_steps: int = 0
+    """Steps that value models had a say in, and that they could not be reached for."""
 
     def rest(self, attempt: int) -> Request:
         """What is left to be done, for a replica that knows nothing of it."""
@@ -48,42 +54,59 @@ async def relay(
 
     Raises ApiError. Leaving it early drops the requests.
     """
-    fruitless = attempt = 0
+    attempt, last = 0, time.monotonic()
     while open_ := [place for place, choice in enumerate(choices) if choice.finish_reason is None]:
         rest = [choices[place].rest(attempt) for place in open_]
         stream = handle.options(stream=True).generate.remote(rest, streamed)
         attempt += 1
-        before = sum(len(choice.tokens) for choice in choices)
+        before = [(choice.guided_steps, choice.lost_steps) for choice in choices]
         try:
             async for events in stream:
-                for event in events:
+                last = time.monotonic()
+                good = [event for event in events if event.error is None]
+                for event in good:
                     event.choice = open_[event.choice]
-                    _take_in(choices[event.choice], event)
-                yield events
+                    _take_in(choices[event.choice], event, *before[event.choice])
+                if good:
+                    yield good
+                for event in events:
+                    _raise(event)
         except BaseException as error:
-            stream.cancel()
-            if not _is_lost(error):
+            with suppress(Exception):  # it says once more what became of the call
+                stream.cancel()
+            again = _is_lost(error) or (isinstance(error, BackPressureError | _Full) and attempt > 1)
+            if not again:
                 raise _as_api_error(error) from None
             logger.warning("a replica was lost under %d responses (%s)", len(open_), type(error).__name__)
-        fruitless = fruitless + 1 if sum(len(choice.tokens) for choice in choices) == before else 0
         if any(choice.finish_reason is None for choice in choices):
             died()
-            if fruitless == ATTEMPTS:
+            if time.monotonic() - last > PATIENCE:
                 raise ApiError(503, "the model cannot be reached", code="model_unavailable", retry_after=5)
-            await asyncio.sleep(PAUSE * fruitless)
+            await asyncio.sleep(PAUSE)
 
 
-def _take_in(choice: Choice, event: Event) -> None:
-    """Let a choice go on by an event. Raises ApiError for one that is an error."""
-    if event.error is not None:
-        status, code, message = event.error
-        if status == 599:  # the engine died, but said so
-            raise EngineDied(message)
-        raise ApiError(status, message, code=code, retry_after=5 if status == 503 else None)
+def _take_in(choice: Choice, event: Event, guided: int, lost: int) -> None:
+    """Let a choice go on by a token; guided, lost: its steps so far, at replicas before this one."""
     assert event.token is not None
     choice.tokens.append(event.token)
-    choice.lost_steps = max(choice.lost_steps, event.lost_steps)
+    choice.guided_steps, choice.lost_steps = guided + event.guided_steps, lost + event.lost_steps
     choice.finish_reason = event.token.finish_reason
+    choice.ended = time.perf_counter()
+
+
+def _raise(event: Event) -> None:
+    """Raise what an event says went wrong, if anything: ApiError, or EngineDied."""
+    if event.error is not None:
+        status, code, message = event.error
+        if status == ENGINE_DIED:
+            raise EngineDied(message)
+        if code == OVERLOADED:
+            raise _Full(message)
+        raise ApiError(status, message, code=code, retry_after=5 if status == 503 else None)
+
+
+class _Full(Exception):
+    """A replica has too much to do already."""
 
 
 def _is_lost(error: BaseException) -> bool:
@@ -96,7 +119,7 @@ def _is_lost(error: BaseException) -> bool:
 
 
 def _as_api_error(error: BaseException) -> BaseException:
-    if isinstance(error, BackPressureError):
+    if isinstance(error, BackPressureError | _Full):
         return ApiError(503, "too many requests are waiting", code="overloaded", retry_after=2)
     if isinstance(error, DeploymentUnavailableError):
         return ApiError(503, "the model is not available", code="model_unavailable", retry_after=5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,8 +22,9 @@ from vas.serving.calls import Question, Reply
 logger = logging.getLogger(__name__)
 
 PATIENCE = 30.0  # seconds in which a question must find an answer; replicas that died are replaced meanwhile
-IMPATIENCE = 0.5  # seconds, once there was none: a step of all sequences waits for it
+ATTEMPT = 10.0  # seconds that one replica may take
 PAUSE = 0.2  # seconds between attempts
+REST = 5.0  # seconds without a question, after one that found no answer
 
 
 class Pending(Protocol):
@@ -30,6 +32,10 @@ class Pending(Protocol):
 
     def result(self, timeout_s: float) -> Reply:
         """The reply; raises whatever became of the call."""
+        ...
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
         ...
 
 
@@ -76,7 +82,7 @@ class RemoteScorer:
         self._sequences: dict[Hashable, _Remote] = {}
         self._closed: dict[str, list[int]] = {}
         self._opened = 0
-        self._down = False
+        self._rests_until = 0.0
 
     def limit(self, kv_tokens: int | None) -> None:
         """The replicas have a limit of their own."""
@@ -114,6 +120,8 @@ class RemoteScorer:
         """Send this step's questions, one for each replica; what is returned waits for the replies."""
         for sequence, taken in zip(batch.sequences, batch.taken, strict=True):
             self._sequences[sequence].tokens += taken
+        if time.monotonic() < self._rests_until:
+            return self._nothing(batch)
         groups: dict[str | None, list[int]] = {}
         for row, index in enumerate(batch.rows):
             groups.setdefault(self._sequences[batch.sequences[index]].replica, []).append(row)
@@ -121,35 +129,49 @@ class RemoteScorer:
         calls = [(replica, rows, self._begin(replica, rows, batch)) for replica, rows in groups.items()]
 
         def answer() -> Answer:
-            deadline = time.monotonic() + (IMPATIENCE if self._down else self._patience)
+            deadline = time.monotonic() + self._patience
             values = torch.zeros(*batch.candidates_BK.shape, len(self.objectives))
-            positions = [0] * len(batch.sequences)
+            positions, lost = [0] * len(batch.sequences), []
             for replica, rows, call in calls:
                 reply = self._settled(replica, rows, call, batch, deadline)
-                assert reply.values_BKJ is not None
+                if reply is None or reply.values_BKJ is None or reply.values_BKJ.shape[2] != len(self.objectives):
+                    lost += rows
+                    continue
                 values[rows] = torch.from_numpy(reply.values_BKJ)
                 for row, count in zip(rows, reply.positions, strict=True):
                     positions[batch.rows[row]] = count
             self._measured(time.perf_counter() - started)
-            self._down = False
+            if lost:
+                self._rests_until = time.monotonic() + REST
+                raise ScorerUnreachable((values, positions), lost)
             return values, positions
+
+        return answer
+
+    def _nothing(self, batch: ScoreBatch) -> Callable[[], Answer]:
+        """No answer, and no waiting for one."""
+        values = torch.zeros(*batch.candidates_BK.shape, len(self.objectives))
+
+        def answer() -> Answer:
+            raise ScorerUnreachable((values, [0] * len(batch.sequences)), list(range(len(batch.rows))))
 
         return answer
 
     def _settled(
         self, replica: str | None, rows: list[int], call: Pending, batch: ScoreBatch, deadline: float
-    ) -> Reply:
-        """The reply with values, from whichever replica has them in the end. Raises ScorerUnreachable."""
+    ) -> Reply | None:
+        """The reply with values, from whichever replica has them in the end; None if none has in time."""
         members = [self._sequences[batch.sequences[batch.rows[row]]] for row in rows]
         while True:
             try:
-                reply = call.result(timeout_s=max(0.01, deadline - time.monotonic()))
+                reply = call.result(timeout_s=min(ATTEMPT, max(0.01, deadline - time.monotonic())))
             except Exception as error:
+                with suppress(Exception):
+                    call.cancel()
                 for each in members:
                     each.forget()
                 if time.monotonic() > deadline:
-                    self._down = True
-                    raise ScorerUnreachable(f"{self.name}: {type(error).__name__}") from error
+                    return None
                 logger.warning("value model %s: a replica was lost (%s)", self.name, type(error).__name__)
                 time.sleep(PAUSE)
                 replica = None

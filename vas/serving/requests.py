@@ -18,6 +18,8 @@ from vas.serving.errors import ApiError
 from vas.serving.keys import Caller
 from vas.serving.protocol import ChatMessage, Guidance, SamplingBody
 
+CHARACTERS = 32  # a token: no tokenizer makes longer ones of a text
+
 
 @dataclass
 class Served:
@@ -81,9 +83,20 @@ class Served:
             return gate.presets[preset]
         raise ApiError(404, f"the model '{model}' does not exist", "model", "model_not_found")
 
+    def encode_pair(self, gate: Gate, messages: list[ChatMessage] | None, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a chat, if there is one, and of a text that answers it. Raises ApiError as `encode` does."""
+        before = self.encode(gate, messages) if messages else []
+        if len(text) > CHARACTERS * gate.limits.prompt_tokens:
+            raise ApiError(400, f"the text has {len(text):,} characters", "text", "context_length_exceeded")
+        after = list(self.tokenizer(text, add_special_tokens=not before).input_ids)
+        if not after:
+            raise ApiError(400, "the text is empty", "text")
+        self.check_length(gate, before + after)
+        return before, after
+
     def encode(self, gate: Gate, prompt: list[ChatMessage] | str) -> list[int]:
         """Token ids of a chat or a text. Raises ApiError for one that is empty, or too long."""
-        most = gate.limits.prompt_tokens * 32  # characters: no tokenizer here makes longer tokens than that
+        most = gate.limits.prompt_tokens * CHARACTERS
         length = len(prompt) if isinstance(prompt, str) else sum(len(message.text) for message in prompt)
         if length > most:
             raise ApiError(400, f"the prompt has {length:,} characters", "prompt", "context_length_exceeded")
@@ -166,7 +179,7 @@ class Served:
                 message = f"there is no objective '{name}': {nearest(name, list(self.objectives))}"
                 raise ApiError(400, message, param, "unknown_objective")
             low, high = gate.limits.bounds(name)
-            if not low <= strength <= high:
+            if strength and not low <= strength <= high:
                 raise ApiError(400, f"the strength of '{name}' must be in [{low:g}, {high:g}]", param)
             caller.check_strength(name, strength)
         chosen = {

@@ -24,7 +24,8 @@ async def scrape() -> str:
         if isinstance(page, BaseException):
             continue
         for line in page.text.splitlines():
-            name = line.split(" ", 3)[2] if line.startswith("# ") else line
+            words = line.split(" ", 3)
+            name = words[2] if line.startswith("# ") and len(words) > 2 else line
             if name.startswith(PREFIX):
                 lines[line.replace(PREFIX, "vas_")] = None
     return _grouped(lines)

@@ -42,8 +42,18 @@ class Reader:
         if missing := self._missing(question):
             return Reply(self._replica, missing)
         longest = max(held + len(fresh) for held, fresh in zip(question.held, question.fresh, strict=True))
-        if not self._make_room(set(names), longest + 1) and len(names) > 1:
+        sources = {(question.caller, source) for source, shared in question.shared if shared}
+        if not self._make_room({*names, *sources}, longest + 1) and len(names) > 1:
             return self._in_halves(question)
+        try:
+            return self._scored(names, question, now)
+        except BaseException:
+            for name in names:  # who knows what of them was read
+                self._forget(name)
+            raise
+
+    def _scored(self, names: list[tuple[str, int]], question: Question, now: float) -> Reply:
+        """Read what is new of the sequences, and score their candidates."""
         taken = [self._begin(name, i, question) for i, name in enumerate(names)]
         values, positions = self._scorer.answer(
             ScoreBatch(
