@@ -50,7 +50,8 @@ def dry_run(prompts: int) -> list[Row]:
                 Row(case, "driver's memory, most / first tenth", max(drive.seen) / drive.memory(0.1), "x", "<= 1.1")
             )
             console.print(
-                f"{case}: {drive.first_after:.0f} s to the first batch, {committed(rollouts)} of {batches} there"
+                f"{case}: {drive.first_after:.0f} s to the first batch, {committed(rollouts)} of {batches} there; "
+                f"memory in MiB {drive.memory(0.1) / MIB:.0f}, at most {max(drive.seen) / MIB:.0f}"
             )
         ids = [
             each
@@ -58,9 +59,7 @@ def dry_run(prompts: int) -> list[Row]:
             for each in pq.read_table(file, columns=["rollout_id"])[0].to_pylist()
         ]
         rows.append(Row("rollouts", "missing or twice", prompts - len(set(ids)) + len(ids) - len(set(ids)), "", "== 0"))
-        first, last = (
-            row.value for row in rows if row.metric == "until the first batch" and not row.case.endswith(" 0%")
-        )[::2]
+        first, *_, last = (row.value for row in rows if row.metric == "until the first batch" and row.goal)
         rows.append(Row("first batch, from 75 % / from 25 %", "ratio", last / first, "x", "<= 3"))
         return rows
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 import schemathesis
 from command import ROOT, blocks
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -306,17 +306,19 @@ def _metric(name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
-@pytest.fixture
-def documented():
-    """The API as `/openapi.json` describes it."""
-    return schemathesis.openapi.from_url(f"{URL}/openapi.json")
-
-
-@schemathesis.pytest.from_fixture("documented").parametrize()
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
-def test_whatever_is_sent_the_answer_is_a_documented_one(case):
+def test_whatever_is_sent_the_answer_is_a_documented_one():
+    """Requests made up from `/openapi.json`, right ones and wrong ones."""
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-    case.call_and_validate(checks=checks)
+    operations = [found.ok() for found in schemathesis.openapi.from_url(f"{URL}/openapi.json").get_all_operations()]
+    assert len(operations) == 8
+    for operation in operations:
+
+        @given(case=operation.as_strategy())
+        @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        def check(case):
+            case.call_and_validate(checks=checks)
+
+        check()
 
 
 def test_keys_guard_every_route_but_health(keys, folder):
