@@ -41,7 +41,7 @@ def dry_run(prompts: int) -> list[Row]:
         for share in (*KILLED_AT, 1.0):
             there = committed(rollouts)
             drive = Drive(config)
-            drive.follow(rollouts, there, int(share * batches) if share < 1 else None)
+            drive.follow(rollouts, there, int(share * batches), batches)
             case = f"from {there / batches:.0%}"
             rows.append(Row(case, "until the first batch", drive.first_after, "s", "<= 30" if there else None))
             rows.append(Row(case, "driver's memory, first tenth", drive.memory(0.1) / MIB, "MiB"))
@@ -49,6 +49,8 @@ def dry_run(prompts: int) -> list[Row]:
             rows.append(
                 Row(case, "driver's memory, most / first tenth", max(drive.seen) / drive.memory(0.1), "x", "<= 1.1")
             )
+            if drive.after:
+                rows.append(Row(case, "driver's memory, summing up", max(drive.after) / MIB, "MiB"))
             console.print(
                 f"{case}: {drive.first_after:.0f} s to the first batch, {committed(rollouts)} of {batches} there; "
                 f"memory in MiB {drive.memory(0.1) / MIB:.0f}, at most {max(drive.seen) / MIB:.0f}"
@@ -107,10 +109,12 @@ class Drive:
     first_after: float = 0.0
     """Seconds from its start to the first batch that it committed."""
     seen: list[int] = field(default_factory=list)
-    """Its resident memory, in bytes, once a second from the first batch on."""
+    """Its resident memory, in bytes, once a second from the first batch to the last."""
+    after: list[int] = field(default_factory=list)
+    """The same from then on, when it sums up."""
 
-    def follow(self, rollouts: Path, there: int, until: int | None) -> None:
-        """Watch it until so many batches are committed, then kill it; or to its end."""
+    def follow(self, rollouts: Path, there: int, until: int, batches: int) -> None:
+        """Watch it until so many batches are committed, then kill it; or to its end, if that is all of them."""
         started = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "vas.cli.main", "rollout", str(self.config)], start_new_session=True
@@ -120,13 +124,13 @@ class Drive:
             now = committed(rollouts)
             if now > there:
                 self.first_after = self.first_after or time.monotonic() - started
-                self.seen.append(driver.memory_info().rss)
-            if until is not None and now >= until:
+                (self.seen if now < batches else self.after).append(driver.memory_info().rss)
+            if batches > until <= now:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 return
             time.sleep(1.0 if self.first_after else 0.1)
-        if until is not None or process.returncode:
+        if until < batches or process.returncode:
             raise RuntimeError(f"it ended with {process.returncode}")
 
     def memory(self, share: float) -> float:
