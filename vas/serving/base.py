@@ -119,10 +119,6 @@ class BaseReplica:
         scorer = self._local[name]
         return await asyncio.wrap_future(self._loop.call(lambda engine: scorer.values(token_ids).tolist()))
 
-    async def context_length(self) -> int | None:
-        """Longest sequence the base model has positions for."""
-        return self._base.context_length
-
     async def state(self) -> dict[str, Any]:
         """What it holds: for tests, and for people who look for a leak."""
         engine = self._loop.engine

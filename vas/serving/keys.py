@@ -66,10 +66,10 @@ class _Bucket:
 
     size: float
     left: float = field(init=False)
-    at: float = field(default_factory=time.monotonic)
+    at: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = self.size
+        self.left, self.at = self.size, time.monotonic()
 
     def take(self, amount: float) -> float:
         """Take so much; returns the seconds to wait if it isn't there, and takes nothing then."""

@@ -54,7 +54,7 @@ async def relay(
 
     Raises ApiError. Leaving it early drops the requests.
     """
-    attempt, last = 0, time.monotonic()
+    attempt, fruitless_since = 0, None
     while open_ := [place for place, choice in enumerate(choices) if choice.finish_reason is None]:
         rest = [choices[place].rest(attempt) for place in open_]
         stream = handle.options(stream=True).generate.remote(rest, streamed)
@@ -62,12 +62,12 @@ async def relay(
         before = [(choice.guided_steps, choice.lost_steps) for choice in choices]
         try:
             async for events in stream:
-                last = time.monotonic()
                 good = [event for event in events if event.error is None]
                 for event in good:
                     event.choice = open_[event.choice]
                     _take_in(choices[event.choice], event, *before[event.choice])
                 if good:
+                    fruitless_since = None
                     yield good
                 for event in events:
                     _raise(event)
@@ -80,7 +80,8 @@ async def relay(
             logger.warning("a replica was lost under %d responses (%s)", len(open_), type(error).__name__)
         if any(choice.finish_reason is None for choice in choices):
             died()
-            if time.monotonic() - last > PATIENCE:
+            fruitless_since = fruitless_since or time.monotonic()
+            if time.monotonic() - fruitless_since > PATIENCE:
                 raise ApiError(503, "the model cannot be reached", code="model_unavailable", retry_after=5)
             await asyncio.sleep(PAUSE)
 
