@@ -15,7 +15,8 @@ demo: $(VENV)/installed  ## Train value models on a small language model's own r
 	$(BIN)/vas run configs/demo.yaml
 
 test: $(VENV)/installed  ## All tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/cluster
+	$(BIN)/python -m pytest tests/cluster
 
 lint: $(VENV)/installed  ## Format, lint, types, and the floors of the design
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +50,16 @@ class Sampler:
         self._config, self._plans, self._location, self._value = config, plans, location, value
         self._loading = threading.Lock()
         self._loaded: SamplingEngine | None = None
+        threading.Thread(target=self._load_early, daemon=True).start()
+
+    def _load_early(self) -> None:
+        """Load the engine while the first batch is on its way, which comes upon the same error if there is one."""
+        with suppress(Exception):
+            _ = self._engine
 
     @property
     def _engine(self) -> SamplingEngine:
-        """Made by the first batch: an error in an actor's constructor would not reach the user."""
+        """Never made in the constructor: an error in an actor's constructor would not reach the user."""
         from vas.rollouts.engines import make_engine
 
         with self._loading:
