@@ -15,8 +15,7 @@ demo: $(VENV)/installed  ## Train value models on a small language model's own r
 	$(BIN)/vas run configs/demo.yaml
 
 test: $(VENV)/installed  ## All tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/cluster
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed  ## Format, lint, types, and the floors of the design
 	$(BIN)/ruff format --check .
@@ -45,7 +44,7 @@ chaos-rollouts: $(VENV)/installed  ## Kill actors, machines and drivers, and let
 	VAS_CHAOS_SEEDS=3 $(BIN)/python -m pytest tests/cluster/test_s3_run.py
 
 chaos-serving: $(VENV)/installed  ## Kill replicas under open streams, twenty times each
-	VAS_CHAOS_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_serving_faults.py
+	VAS_CHAOS_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_serving_faults.py tests/cluster/test_serving_scale.py
 
 load-serving: $(VENV)/installed  ## 200 clients for ten minutes, some of them ill-behaved
 	VAS_LOAD_SECONDS=600 VAS_LOAD_CLIENTS=200 $(BIN)/python -m pytest -s tests/cluster/test_serving_load.py

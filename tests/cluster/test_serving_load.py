@@ -1,6 +1,7 @@
 """Many clients at once, well- and ill-behaved: nothing breaks, nothing leaks, and all of it is counted.
 
-VAS_LOAD_SECONDS (default 20): how long; `make load-serving` says 600. VAS_LOAD_CLIENTS (default 60; there 200).
+Runs with VAS_LOAD_SECONDS set, as `make load-serving` does (600; VAS_LOAD_CLIENTS, 200): memory says something after
+minutes only.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import pytest
 from serving import CHAT, URL, cluster, get, idle, keys_of, replicas, run
 from tools import wait_until
 
-SECONDS = float(os.environ.get("VAS_LOAD_SECONDS", "20"))
-CLIENTS = int(os.environ.get("VAS_LOAD_CLIENTS", "60"))
+SECONDS = float(os.environ.get("VAS_LOAD_SECONDS", "0"))
+CLIENTS = int(os.environ.get("VAS_LOAD_CLIENTS", "200"))
 LONGEST = 48
 PARTS = ("Gateway", "BaseModel", "ValueModel-other")
 
-pytestmark = pytest.mark.timeout(SECONDS + 400)
+pytestmark = [
+    pytest.mark.timeout(2 * SECONDS + 400),
+    pytest.mark.skipif(not SECONDS, reason="takes minutes: make load-serving"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +113,7 @@ def counted() -> Counter[str]:
 
 
 def test_many_clients_at_once():
-    warm = asyncio.run(load(min(10, SECONDS / 2), CLIENTS))
+    warm = asyncio.run(load(SECONDS / 4, CLIENTS))
     before, held = memory(), idle()["kv_bytes"]
     seen = asyncio.run(load(SECONDS, CLIENTS))
     print(f"{CLIENTS} clients, {SECONDS:.0f} s: {dict(seen)}")
