@@ -35,7 +35,7 @@ from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.models.base import set_threads
 from vas.serving.app import build
 
-STREAMS, TOKENS, REQUESTS, PORT = 16, 64, 64, 8799
+STREAMS, TOKENS, REQUESTS, PORT = 16, 64, 32, 8799
 THREADS = 2
 
 
