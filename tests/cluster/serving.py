@@ -40,6 +40,13 @@ def keys_of(folder: Path, **more: Any) -> dict[str, Any]:
 def cluster(cpus: int = 12) -> Iterator[None]:
     """Ray with so many logical CPUs, and Serve's proxy."""
     ray.init("local", num_cpus=cpus, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    with proxy():
+        yield
+
+
+@contextmanager
+def proxy() -> Iterator[None]:
+    """Serve's proxy on the cluster that is joined, and an end of both."""
     try:
         serve.start(http_options=HTTPOptions(host="127.0.0.1", port=PORT))
         yield
@@ -50,7 +57,7 @@ def cluster(cpus: int = 12) -> Iterator[None]:
 
 def run(keys: dict[str, Any]) -> None:
     """Deploy the application, or a new version of it, and wait until it is up."""
-    serve.run(build(keys), name="vas", route_prefix="/", _local_testing_mode=False)
+    serve.run(build(keys), name="vas", route_prefix="/")
 
 
 def client(key: str = "none", **options: Any) -> openai.OpenAI:

@@ -11,10 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
-from ray import serve
 from ray.cluster_utils import Cluster
-from ray.serve.config import HTTPOptions
-from serving import CHAT, PORT, client, keys_of, replicas, run
+from serving import CHAT, client, keys_of, proxy, replicas, run
 from tools import wait_until
 
 pytestmark = [
@@ -31,11 +29,9 @@ def raylets():
         nodes.add_node(num_cpus=4, object_store_memory=100 * 2**20)
     ray.init(nodes.address, log_to_driver=False)
     try:
-        serve.start(http_options=HTTPOptions(host="127.0.0.1", port=PORT))
-        yield
+        with proxy():
+            yield
     finally:
-        serve.shutdown()
-        ray.shutdown()
         nodes.shutdown()
 
 

@@ -24,7 +24,8 @@ class Guide:
     """
 
     def __init__(self, scorers: Many[Scorer], eos_token_ids: Many[int], device: torch.device, clock: Clock) -> None:
-        self._scorers, self._clock = scorers, clock
+        self._scorers = sorted(scorers, key=lambda scorer: isinstance(scorer, InProcess))  # what can overlap, first
+        self._clock = clock
         self._eos = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
         self.objectives: dict[str, int] = {}
         """Objective → its place in the last dimension of values."""
@@ -131,7 +132,7 @@ class Guide:
         self._lost = {}
         with self._clock.part("value"):
             asked = []
-            for scorer in sorted(self._scorers, key=lambda scorer: isinstance(scorer, InProcess)):
+            for scorer in self._scorers:
                 users = [
                     b
                     for b, s in enumerate(sequences)

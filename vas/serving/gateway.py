@@ -18,7 +18,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from vas.errors import VasError, as_vas_error
+from vas.errors import as_vas_error
 from vas.serving import openapi
 from vas.serving.answers import Answer, ChatAnswer, sse
 from vas.serving.config import Gate, Settled
@@ -97,7 +97,6 @@ class Gateway:
     def __init__(self, settled: Settled, digests: dict[str, str], base: DeploymentHandle) -> None:
         self._base = base
         self.served = Served.of(settled, digests)
-        self._digests = {name: digests[model.value_model] for name, model in self.served.objectives.items()}
         self.metrics = GatewayMetrics()
         self._first = settled.serving.gate
         self._created = int(time.time())
@@ -181,7 +180,7 @@ class Gateway:
         return self._model(model)
 
     @app.get("/v1/objectives", **openapi.plain)
-    async def objectives(self, request: Request) -> dict[str, Any]:
+    async def objectives(self) -> dict[str, Any]:
         """What requests may steer by, and within which bounds."""
         data = [
             {"id": each.name, "object": "objective", **asdict(each), "strength": self.gate.limits.bounds(each.name)}
@@ -265,7 +264,7 @@ class Gateway:
             return await self._base.values.remote(model, token_ids)
         except Exception as error:
             known = as_vas_error(error)
-            if isinstance(known, VasError):
+            if known is not None:
                 raise ApiError(400, known.what, "objectives") from None
             raise ApiError(503, "the value model cannot be reached", code="model_unavailable", retry_after=5) from None
 
