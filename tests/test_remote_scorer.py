@@ -117,8 +117,7 @@ def test_tokens_are_those_of_a_scorer_in_the_process(schedule, options, replicas
         assert replicas.sequences == 0  # what ends is closed there too
 
 
-def test_a_step_without_an_answer_is_the_base_models(monkeypatch):
-    monkeypatch.setattr("vas.serving.remote.REST", 0.0)
+def test_a_step_without_an_answer_is_the_base_models():
     replicas = Replicas()
     replicas.down = True
     engine = Engine(tiny_base(), [remote(replicas, patience=0.0)])

@@ -25,9 +25,9 @@ from vas.rollouts.stored import read_rollouts
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3
 BOTH = (signal.SIGINT, signal.SIGKILL)
-# every kind of stop in every stage where chance strikes often, else each kind somewhere
+# every kind of stop in every stage where chance strikes often, else one in each
 STOPS = {
-    "rollouts": BOTH,
+    "rollouts": BOTH if len(SEEDS) > 1 else (signal.SIGINT,),
     "train": BOTH if len(SEEDS) > 1 else (signal.SIGKILL,),
     "evaluate": BOTH if len(SEEDS) > 1 else (signal.SIGINT,),
 }

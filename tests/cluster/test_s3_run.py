@@ -99,18 +99,24 @@ def assert_same(run: RunDirectory, expected: RunDirectory) -> None:
     assert b"</html>" in storage.read_bytes(run.path("evaluation", "report.html"))
 
 
-@pytest.mark.timeout(7200 if DEMO else 900)
-def test_a_run_on_s3_is_the_run_on_disk(content, on_disk):
-    run = finished(parse_config(elsewhere(content, "s3://test/whole"), "this test"))
-    assert run.location.startswith("s3://test/whole/runs/")
-    assert_same(run, on_disk)
-    assert files_of(run) == files_of(on_disk)
+def assert_on_s3(run: RunDirectory, expected: RunDirectory) -> None:
+    """The run is the expected one, all of it on S3, with nothing left behind or gone astray."""
+    assert run.location.startswith("s3://test/")
+    assert_same(run, expected)
+    assert files_of(run) == files_of(expected)
     snapshot = run.path("train", "ray_train", "checkpoint_manager_snapshot.json")
     assert json.loads(storage.read_bytes(snapshot))["checkpoint_results"]
     assert not Path("s3:").exists()
-    assert not storage.list_files("s3://test/whole", suffix=".lock")
+    assert not storage.list_files(run.location, suffix=".lock")
     again = RunDirectory.open(run.location)
     assert all(again.done(stage) for stage in ("prompts", "rollouts", "train", "evaluate"))
+
+
+@pytest.mark.skipif(not (DEMO or len(SEEDS) > 1), reason="under faults it is the same, and more")
+@pytest.mark.timeout(7200)
+def test_a_run_on_s3_is_the_run_on_disk(content, on_disk):
+    run = finished(parse_config(elsewhere(content, "s3://test/whole"), "this test"))
+    assert_on_s3(run, on_disk)
 
 
 # What dies in turn: a task that writes a batch, before and after it took effect; the driver between a stage's data
@@ -153,6 +159,4 @@ def test_a_run_whose_store_fails_and_whose_processes_die_is_the_same_run(server,
         assert sum(proxy.injected[kind] for kind in KILLS) == len(CRASHES)
         assert killed == 3
         assert sum(proxy.injected[kind] for kind in KINDS) > 20
-    run = RunDirectory.open(f"{content['runs_dir']}/{content['name']}")
-    assert_same(run, on_disk)
-    assert files_of(run) == files_of(on_disk)
+    assert_on_s3(RunDirectory.open(f"{content['runs_dir']}/{content['name']}"), on_disk)

@@ -88,32 +88,6 @@ def _settled() -> None:
     wait_until(settled, 120, "all replicas run", 0.5)
 
 
-def test_a_value_model_that_is_gone_fails_requests_or_goes_unguided(keys):
-    """Kill both replicas, again and again, until the base model's patience ends."""
-    done = threading.Event()
-
-    def strike():
-        while not done.is_set():
-            for process in replicas("ValueModel-other"):
-                process.kill()
-            time.sleep(0.05)
-
-    thread = threading.Thread(target=strike)
-    thread.start()
-    try:
-        asked = {"model": "tiny", "messages": CHAT, "max_tokens": 2, "seed": 1}
-        guidance = {"objectives": {"short": 2.0}, "on_error": "unguided"}
-        found = client().chat.completions.create(**asked, extra_body={"guidance": guidance})
-        assert found.choices[0].guidance["lost_steps"] >= 1
-        guidance["on_error"] = "fail"
-        with pytest.raises(openai.InternalServerError, match="value model"):
-            client().chat.completions.create(**asked, extra_body={"guidance": guidance})
-        assert client().chat.completions.create(**asked).choices
-    finally:
-        done.set()
-        thread.join()
-
-
 def test_a_new_value_model_goes_live_under_load(keys, tmp_path):
     _settled()
     before = _digests()
@@ -144,3 +118,37 @@ def test_a_new_value_model_goes_live_under_load(keys, tmp_path):
 
 def _digests() -> dict[str, str]:
     return {each["id"]: each["digest"] for each in get("/v1/objectives").json()["data"]}
+
+
+def test_a_value_model_that_is_gone_fails_requests_or_goes_unguided(keys):
+    """Kill both replicas, again and again, until the base model's patience ends."""
+    done = threading.Event()
+
+    def strike():
+        while not done.is_set():
+            for process in replicas("ValueModel-other"):
+                process.kill()
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        asked = {"model": "tiny", "messages": CHAT, "max_tokens": 2, "seed": 1}
+        guidance = {"objectives": {"short": 2.0}, "on_error": "unguided"}
+        found = client().chat.completions.create(**asked, extra_body={"guidance": guidance})
+        assert found.choices[0].guidance["lost_steps"] >= 1
+        guidance["on_error"] = "fail"
+        with pytest.raises(openai.InternalServerError, match="value model"):
+            client().chat.completions.create(**asked, extra_body={"guidance": guidance})
+        assert client().chat.completions.create(**asked).choices
+    finally:
+        done.set()
+        thread.join()
+
+    def guided() -> bool:
+        try:
+            return bool(client().chat.completions.create(**asked, extra_body={"guidance": guidance}).choices)
+        except openai.InternalServerError:
+            return False
+
+    wait_until(guided, 60, "guidance once there are replicas again", 0.5)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 PATIENCE = 30.0  # seconds in which a question must find an answer; replicas that died are replaced meanwhile
 ATTEMPT = 10.0  # seconds that one replica may take
 PAUSE = 0.2  # seconds between attempts
-REST = 5.0  # seconds without a question, after one that found no answer
+REST = 5.0  # seconds that a greeting may take, after which another is sent
 
 
 class Pending(Protocol):
@@ -82,7 +82,8 @@ class RemoteScorer:
         self._sequences: dict[Hashable, _Remote] = {}
         self._closed: dict[str, list[int]] = {}
         self._opened = 0
-        self._rests_until = 0.0
+        self._greeting: Pending | None = None  # under way since a question found no answer
+        self._greeted = 0.0
 
     def limit(self, kv_tokens: int | None) -> None:
         """The replicas have a limit of their own."""
@@ -120,7 +121,7 @@ class RemoteScorer:
         """Send this step's questions, one for each replica; what is returned waits for the replies."""
         for sequence, taken in zip(batch.sequences, batch.taken, strict=True):
             self._sequences[sequence].tokens += taken
-        if time.monotonic() < self._rests_until:
+        if self._silent():
             return self._nothing(batch)
         groups: dict[str | None, list[int]] = {}
         for row, index in enumerate(batch.rows):
@@ -142,11 +143,33 @@ class RemoteScorer:
                     positions[batch.rows[row]] = count
             self._measured(time.perf_counter() - started)
             if lost:
-                self._rests_until = time.monotonic() + REST
+                self._greet()
                 raise ScorerUnreachable((values, positions), lost)
             return values, positions
 
         return answer
+
+    def _silent(self) -> bool:
+        """Whether a question found no answer, and no replica has answered a greeting since: then nobody waits."""
+        for _ in range(2):
+            if self._greeting is None:
+                return False
+            try:
+                self._greeting.result(timeout_s=0)
+            except TimeoutError:
+                if time.monotonic() < self._greeted + REST:
+                    return True
+                self._greeting.cancel()
+                self._greet()
+            except Exception:
+                self._greet()
+            else:
+                self._greeting = None
+        return self._greeting is not None
+
+    def _greet(self) -> None:
+        """Ask nothing of any replica, to hear whether one is there."""
+        self._greeting, self._greeted = self._ask(None, self._question([], [], None, [])), time.monotonic()
 
     def _nothing(self, batch: ScoreBatch) -> Callable[[], Answer]:
         """No answer, and no waiting for one."""
