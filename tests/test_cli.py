@@ -194,9 +194,10 @@ def test_max_tokens_cuts(answers):
         (["--temperature", "-1"], "temperature is out of its range"),
     ],
 )
-def test_what_cannot_be_asked_for_is_said(run, words, says):
-    found = vas("generate", run.location, "Hello", *words)
+def test_what_cannot_be_asked_for_is_said_at_once(run, words, says):
+    found = python("-c", SPY, "generate", run.location, "Hello", *words)
     assert found.returncode == 2
     assert says in found.stderr
+    assert not imported(found.stderr) & set(HEAVY)
     assert "Traceback" not in found.stderr
     assert found.stdout == ""

@@ -12,10 +12,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tools import ConfigMaker, command, committed, descendants, read_record, wait_until
+from tools import command, committed, descendants, read_record, wait_until
 
 from vas import schema, storage
-from vas.config import Resources, RunConfig, parse_config
+from vas.config import RunConfig, parse_config
 from vas.errors import VasError
 from vas.models.base import load_base
 from vas.models.value import ValueModel
@@ -25,9 +25,9 @@ from vas.rollouts.pipeline import sample
 from vas.rollouts.plan import Plan
 from vas.rollouts.stored import read_rollouts
 from vas.run import stages
-from vas.run.cluster import ray_cluster
 from vas.run.directory import RunDirectory
-from vas.training.trainer import train
+
+pytestmark = pytest.mark.usefixtures("tiny_cluster")
 
 RESULT_COLUMNS = {
     *("method", "setting", "objective", "n", "reward_mean", "ci_low", "ci_high", "kl", "length"),
@@ -35,19 +35,10 @@ RESULT_COLUMNS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray():
-    with ray_cluster(Resources(num_cpus=2, object_store_memory=200 * 2**20)):
-        yield
-
-
 @pytest.fixture(scope="module")
-def run(make_config: ConfigMaker, _ray) -> RunDirectory:
-    """A run that went through all stages, trained by two workers that share out optimizer state and gradients."""
-    run = RunDirectory.create(config_of(two_workers(make_config("whole"), zero_stage=2)))
-    for stage in stages.STAGES.values():
-        stage(run)
-    return run
+def run(whole_run: RunDirectory) -> RunDirectory:
+    """A run that went through all stages."""
+    return whole_run
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +49,6 @@ def rows(run: RunDirectory) -> list[dict]:
 
 def config_of(content: dict[str, Any]) -> RunConfig:
     return parse_config(content, "this test")
-
-
-def two_workers(content: dict[str, Any], zero_stage: int) -> dict[str, Any]:
-    """The config with two training workers, under a stage of DeepSpeed's ZeRO."""
-    content["resources"] |= {"workers": 2, "cpus_per_worker": 1}
-    content["train"]["deepspeed"] = {"zero_optimization": {"stage": zero_stage}}
-    return content
 
 
 def plan_of(config: RunConfig) -> Plan:
@@ -395,20 +379,3 @@ def test_a_batch_that_ends_its_process_each_time_stops_the_run_and_nothing_else_
     with pytest.raises(VasError, match=r"die again and again[\s\S]*1 batches are left"):
         sample(config, [plan], location, "deadly")
     assert committed(location) == plan.batches(config.rollouts.batch_size) - 1
-
-
-# --- weights shared out over two workers -----------------------------------------------------------
-
-
-def test_zero_3_writes_the_same_kind_of_checkpoint(make_config, run, rows, tmp_path):
-    config, output = config_of(two_workers(make_config("whole"), zero_stage=3)), str(tmp_path / "value")
-    metrics = train(config, [run.rollouts], str(tmp_path / "train"), output)
-    model, of_zero_2 = ValueModel.load(output), ValueModel.load(run.value)
-    values = torch.cat([model(torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]]))[0] for row in rows])
-    assert values.isfinite().all()
-    assert values.std() > 0
-    loss = sum(metrics["losses"]) / len(metrics["losses"])
-    assert loss == pytest.approx(read_record(Path(run.location))["stages"]["train"]["loss"], rel=0.05)
-    theirs = dict(of_zero_2.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, theirs[name], atol=0.02, rtol=0.02, msg=name)

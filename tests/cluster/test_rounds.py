@@ -8,24 +8,18 @@ from test_pipeline import config_of, expected_ids, ids_of
 from tools import ConfigMaker, read_record
 
 from vas import storage
-from vas.config import Resources
 from vas.errors import VasError
 from vas.models.value import ValueModel
 from vas.rollouts.plan import Plan, setting_key
 from vas.rollouts.stored import read_rollouts
 from vas.run import stages
-from vas.run.cluster import ray_cluster
 from vas.run.directory import RunDirectory
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray():
-    with ray_cluster(Resources(num_cpus=2, object_store_memory=200 * 2**20)):
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_cluster")
 
 
 @pytest.fixture(scope="module")
-def run(make_config: ConfigMaker, _ray) -> RunDirectory:
+def run(make_config: ConfigMaker, tiny_cluster) -> RunDirectory:
     """A whole run of two rounds."""
     run = RunDirectory.create(config_of(make_config("rounds", "rounds=2", "rollouts.roll_in=[{words: 4}, {brief: 2}]")))
     stages.run_all(run)

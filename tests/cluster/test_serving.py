@@ -106,12 +106,10 @@ def test_completions_take_texts_and_token_ids(keys):
     assert [c.index for c in texts.choices] == [0, 1, 2, 3]
     assert len({c.text for c in texts.choices}) == 4
     assert len(texts.choices[0].logprobs.token_logprobs) == len(texts.choices[0].logprobs.top_logprobs) == 8
-    assert (
-        "".join(
-            c.choices[0].text for c in client().completions.create(prompt="the fox", stream=True, **asked | {"n": 1})
-        )
-        == texts.choices[0].text
-    )
+    chunks = [c.choices[0] for c in client().completions.create(prompt="the fox", stream=True, **asked | {"n": 1})]
+    assert "".join(chunk.text for chunk in chunks) == texts.choices[0].text
+    offsets = [offset for chunk in chunks for offset in chunk.logprobs.text_offset]
+    assert offsets == texts.choices[0].logprobs.text_offset
 
 
 def test_a_preset_is_a_model():

@@ -1,7 +1,7 @@
 """Many clients at once, well- and ill-behaved: nothing breaks, nothing leaks, and all of it is counted.
 
-Runs with VAS_LOAD_SECONDS set, as `make load-serving` does (600; VAS_LOAD_CLIENTS, 200): memory says something after
-minutes only.
+A few seconds here; `make load-serving` has 200 clients for ten minutes, and memory is looked at then, for it says
+something after minutes only.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ import pytest
 from serving import CHAT, URL, cluster, get, idle, keys_of, replicas, run
 from tools import wait_until
 
-SECONDS = float(os.environ.get("VAS_LOAD_SECONDS", "0"))
-CLIENTS = int(os.environ.get("VAS_LOAD_CLIENTS", "200"))
+SECONDS = float(os.environ.get("VAS_LOAD_SECONDS", "8"))
+CLIENTS = int(os.environ.get("VAS_LOAD_CLIENTS", "24"))
+LONG = SECONDS >= 60
 LONGEST = 48
 PARTS = ("Gateway", "BaseModel", "ValueModel-other")
 
-pytestmark = [
-    pytest.mark.timeout(2 * SECONDS + 400),
-    pytest.mark.skipif(not SECONDS, reason="takes minutes: make load-serving"),
-]
+pytestmark = pytest.mark.timeout(2 * SECONDS + 400)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,9 +121,10 @@ def test_many_clients_at_once():
     after = memory()
     print(f"memory in MiB, before and after: {before} {after}; KV bytes: {held} {state['kv_bytes']}")
     assert state["streams"] == 0
-    assert state["kv_bytes"] <= held
-    for part in PARTS:
-        assert after[part] < 1.1 * before[part] + 30, (before, after)
+    if LONG:
+        assert state["kv_bytes"] <= held
+        for part in PARTS:
+            assert after[part] < 1.1 * before[part] + 30, (before, after)
     done = sum((warm + seen).values())
     wait_until(lambda: sum(counted().values()) >= done * 0.999, 60, "all of it is counted", 2)
     total = counted()

@@ -7,19 +7,13 @@ import pytest
 import torch
 from fits import assert_same_training, losses, workers
 
-from vas.config import Resources
 from vas.models.value import ValueModel
-from vas.run.cluster import ray_cluster
 from vas.training.history import best
+
+pytestmark = pytest.mark.usefixtures("tiny_cluster")
 
 WORDS = ("rewards={words: {use: length}}", "evaluation.strengths=[]")
 BRIEF = ("rewards={brief: {use: brevity}}", "evaluation.strengths=[]")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray():
-    with ray_cluster(Resources(num_cpus=2, object_store_memory=200 * 2**20)):
-        yield
 
 
 def test_less_memory_is_the_same_training(fit, alone):

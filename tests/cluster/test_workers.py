@@ -11,20 +11,12 @@ import pytest
 from fits import assert_same_training, config_of, workers
 from tools import SEEDS, checkpoints, command, descendants, wait_until
 
-from vas.config import Resources
-from vas.run.cluster import ray_cluster
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray():
-    with ray_cluster(Resources(num_cpus=2, object_store_memory=200 * 2**20)):
-        yield
-
+pytestmark = pytest.mark.usefixtures("tiny_cluster")
 
 # --- the same training whoever computes it --------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])  # at 0 in spite of a fault, below
 def test_two_workers_train_as_one(fit, alone, stage):
     assert_same_training(fit("two", *workers(2, f"train.zero_stage={stage}")), alone)
 

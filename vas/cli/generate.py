@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from vas.decoding.engine import Engine
-from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams, Token
 from vas.errors import VasError, nearest
-from vas.models.base import BaseModel, encode_prompt, load_base, quieten
-from vas.models.value import ValueModel, check_tokenizers
 from vas.run.directory import RunDirectory
 from vas.schema import Prompt
+
+if TYPE_CHECKING:  # torch loads once everything that may be refused at once has been looked at
+    from vas.decoding.engine import Engine
+    from vas.models.base import BaseModel
 
 
 def generate_text(
@@ -33,23 +35,18 @@ def generate_text(
     run = RunDirectory.open(location)
     _check_strengths(strengths, run)
     strengths = {name: strength for name, strength in strengths.items() if strength}  # 0 is no guidance
-    quieten()
-    base, engine = load_engine(run, guided=bool(strengths))
-    output = Console()
     chosen = {"temperature": temperature, "max_tokens": max_tokens}
     sampling = run.config.rollouts.sampling.model_copy(update={k: v for k, v in chosen.items() if v is not None})
     guiding = {"candidates": candidates, "schedule": schedule}
     evaluation = run.config.evaluation.model_copy(update={k: v for k, v in guiding.items() if v is not None})
-    system = run.config.prompts.system
-    messages = ({"role": "system", "content": system},) if system else ()
-    tokens = encode_prompt(base.tokenizer, Prompt("", (*messages, {"role": "user", "content": prompt})))
+    how, guidance = SamplingParams.of(sampling, seed), GuidanceParams.of(evaluation, strengths)
+    if strengths and not run.done("train"):
+        raise VasError("the run has no finished value model", run.location, f"vas run {run.location}")
+    base, engine = load_engine(run, guided=bool(strengths))
+    output = Console()
+    tokens = _encode(base, run.config.prompts.system, prompt)
     for i in range(samples):
-        request = Request(
-            f"sample {i}",
-            tuple(tokens),
-            SamplingParams.of(sampling, seed + i),
-            GuidanceParams.of(evaluation, strengths),
-        )
+        request = Request(f"sample {i}", tuple(tokens), replace(how, seed=seed + i), guidance)
         for token in engine.stream(request):
             text = "".join(c for c in token.text if c.isprintable() or c in "\n\t")  # no escapes to the terminal
             if plain or not output.is_terminal:
@@ -71,15 +68,27 @@ def _check_strengths(strengths: dict[str, float], run: RunDirectory) -> None:
 
 def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel, Engine]:
     """A run's base model, and an engine with its value model when one is needed."""
+    from vas.decoding.engine import Engine
+    from vas.decoding.scorer import make_scorer
+    from vas.models.base import load_base, quieten
+    from vas.models.value import ValueModel, check_tokenizers
+
+    quieten()
     base, linears = load_base(run.config.base), run.config.base.linears
     if not guided:
         return base, Engine(base, linears=linears, free=True)
-    if not run.done("train"):
-        raise VasError("the run has no finished value model", run.location, f"vas run {run.location}")
     value = ValueModel.load(run.value, base.model.device)
     check_tokenizers(value.config, base.name, base.tokenizer_digest)
     scorer = make_scorer(run.config.value.name, value, linears, free=True)
     return base, Engine(base, [scorer], linears=linears, free=True)
+
+
+def _encode(base: BaseModel, system: str | None, prompt: str) -> list[int]:
+    """Token ids of a chat of one message, after the run's system message."""
+    from vas.models.base import encode_prompt
+
+    messages = ({"role": "system", "content": system},) if system else ()
+    return encode_prompt(base.tokenizer, Prompt("", (*messages, {"role": "user", "content": prompt})))
 
 
 def _shaded(text: str, token: Token) -> Text:

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -56,7 +57,8 @@ class Answer:
         reason = tokens[-1].finish_reason
         if not reason and self.likeliest is None and not any(token.text for token in tokens):
             return None
-        part = self.part(place, tokens, reason, whole=False) | (_guidance_of(choice) if reason else {})
+        before = sum(len(token.text) for token in choice.tokens) - sum(len(token.text) for token in tokens)
+        part = self.part(place, tokens, reason, whole=False, before=before) | (_guidance_of(choice) if reason else {})
         return self._head(self.chunk_kind) | {"choices": [part]}
 
     def end(self, choices: list[Choice]) -> dict[str, Any]:
@@ -72,19 +74,19 @@ class Answer:
             "total_tokens": self.prompt_tokens + completion,
         }
 
-    def part(self, place: int, tokens: list[Token], reason: str | None, whole: bool) -> dict[str, Any]:
-        """An entry of `choices`."""
+    def part(self, place: int, tokens: list[Token], reason: str | None, whole: bool, before: int = 0) -> dict[str, Any]:
+        """An entry of `choices`; before: characters that the choice has had so far."""
         text = "".join(token.text for token in tokens)
-        return {"index": place, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": reason}
+        return {"index": place, "text": text, "logprobs": self._logprobs(tokens, before), "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[Token], before: int) -> dict[str, Any] | None:
         if self.likeliest is None:
             return None
         return {
             "tokens": [self._text(token.token_id) for token in tokens],
             "token_logprobs": [token.guided_logprob for token in tokens],
             "top_logprobs": [{self._text(t): guided for t, _, guided in token.top} for token in tokens],
-            "text_offset": _offsets(tokens),
+            "text_offset": _offsets(tokens, before),
             "base_logprobs": [token.logprob for token in tokens],
             "advantages": [_advantages(token) for token in tokens],
         }
@@ -112,15 +114,15 @@ class ChatAnswer(Answer):
             for place in range(choices)
         ]
 
-    def part(self, place: int, tokens: list[Token], reason: str | None, whole: bool) -> dict[str, Any]:
+    def part(self, place: int, tokens: list[Token], reason: str | None, whole: bool, before: int = 0) -> dict[str, Any]:
         """An entry of `choices`."""
         text = "".join(token.text for token in tokens)
         content = {"message": {"role": "assistant", "content": text, "refusal": None}} if whole else {}
         if not whole:
             content = {"delta": {"content": text} if text else {}}
-        return {"index": place, **content, "logprobs": self._logprobs(tokens), "finish_reason": reason}
+        return {"index": place, **content, "logprobs": self._logprobs(tokens, before), "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[Token], before: int) -> dict[str, Any] | None:
         if self.likeliest is None:
             return None
         entries = [
@@ -167,10 +169,6 @@ def _advantages(token: Token) -> dict[str, float]:
     return {name: score.advantage for name, score in token.scores.items()}
 
 
-def _offsets(tokens: Iterable[Token]) -> list[int]:
+def _offsets(tokens: Iterable[Token], before: int) -> list[int]:
     """Where each token's text begins."""
-    offsets, length = [], 0
-    for token in tokens:
-        offsets.append(length)
-        length += len(token.text)
-    return offsets
+    return list(accumulate((len(token.text) for token in tokens), initial=before))[:-1]

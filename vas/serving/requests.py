@@ -65,14 +65,21 @@ class Served:
         return [self.name, *(f"{self.name}:{preset}" for preset in gate.presets)]
 
     def check_gate(self, gate: Gate) -> None:
-        """Raise VasError for a preset, a default or a bound that names an objective that is not there."""
-        presets = {f"presets.{name}": preset.objectives for name, preset in gate.presets.items()}
-        named: dict[str, list[str]] = {where: list(strengths) for where, strengths in presets.items()}
-        named |= {"guidance": list(gate.guidance.objectives), "limits.strengths": list(gate.limits.strengths)}
-        for where, names in named.items():
+        """Raise VasError for a preset, a default or a bound of no objective, or for guidance that is out of bounds."""
+        presets = {"guidance": gate.guidance} | {f"presets.{name}": each for name, each in gate.presets.items()}
+        named = {where: list(preset.objectives) for where, preset in presets.items()}
+        for where, names in (named | {"limits.strengths": list(gate.limits.strengths)}).items():
             for name in names:
                 if name not in self.objectives:
                     raise VasError(f"there is no objective '{name}'", where, nearest(name, list(self.objectives)))
+        for where, preset in presets.items():
+            for name, strength in preset.objectives.items():
+                low, high = gate.limits.bounds(name)
+                if strength and not low <= strength <= high:
+                    mend = "change it, or the bounds: limits.strengths, limits.strength"
+                    raise VasError(f"{name}: {strength:g} is not in [{low:g}, {high:g}]", where, mend)
+            if (preset.candidates or 0) > gate.limits.candidates:
+                raise VasError(f"more than {gate.limits.candidates} candidates", where, "see limits.candidates")
 
     def preset(self, model: str, gate: Gate) -> Preset:
         """The guidance that a model's name stands for. Raises ApiError (404)."""
