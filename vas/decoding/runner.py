@@ -101,9 +101,9 @@ class ModelRunner:
                 self.cache.free(owner)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """A cache of its own for the time of the block, which takes no room from the sequences under way."""
-        before, self.cache = self.cache, KVCache(self.device, None)
+    def apart(self, cache: KVCache) -> Iterator[None]:
+        """Another cache for the time of the block, which takes no room from the sequences under way."""
+        before, self.cache = self.cache, cache
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ token is ever run twice. `VocabScorer` is for value models that score all tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from vas.choices import Linears
 from vas.decoding.attention import Pass
+from vas.decoding.cache import KVCache
 from vas.decoding.runner import ModelRunner
 from vas.errors import VasError
 from vas.models.value import ValueModel
+
+READ_TOGETHER = 256  # tokens of a text that is scored, in one pass
 
 
 @dataclass(slots=True)
@@ -153,16 +156,21 @@ class InProcess:
         """Values of a batch's candidates."""
         raise NotImplementedError
 
-    @torch.inference_mode()
-    def values(self, token_ids: Sequence[int]) -> Tensor:
-        """V after each token of a sequence of its own, in reward standard deviations: [T, J].
+    def values(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
+        """V after each token of a text, in reward standard deviations: parts [t, J] of a few hundred tokens.
 
-        Raises VasError if the value model only compares tokens.
+        Whatever else the scorer has to do may come between two parts.
+        Raises VasError, at the first, if the value model only compares tokens.
         """
         if self.relative:
             raise VasError("this value model only compares next tokens; it has no values of texts", self.name)
-        with self._runner.apart(), self._runner.sequences(1) as owners:
-            return self._model.values(self._model.outputs(self._runner.extend(owners, [token_ids])))
+        cache = KVCache(self._runner.device, None)
+        cache.add(0)
+        for start in range(0, len(token_ids), READ_TOGETHER):
+            with self._runner.apart(cache), torch.inference_mode():
+                hidden_NH = self._runner.extend([0], [token_ids[start : start + READ_TOGETHER]])
+                part = self._model.values(self._model.outputs(hidden_NH))
+            yield part
 
 
 class ValueScorer(InProcess):

@@ -21,7 +21,7 @@ from vas.decoding.sequence import Completion, Request, Token
 from vas.errors import EngineDied, VasError
 from vas.models.base import load_base, quieten, set_threads
 from vas.models.value import ValueModel, ValueModelConfig, check_tokenizers
-from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question
+from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question, values_of
 from vas.serving.config import Settled, ValueModelSpec
 from vas.serving.metrics import EngineMetrics
 from vas.serving.remote import Pending, RemoteScorer
@@ -116,8 +116,8 @@ class BaseReplica:
         """V after each token of a text, of a value model: [T][J]. Raises VasError if it only compares tokens."""
         if name in self._handles:
             return await self._handles[name].values.remote(token_ids)
-        scorer = self._local[name]
-        return await asyncio.wrap_future(self._loop.call(lambda engine: scorer.values(token_ids).tolist()))
+        parts = self._local[name].values(token_ids)
+        return await values_of(lambda: asyncio.wrap_future(self._loop.call(lambda engine: next(parts, None))))
 
     async def state(self) -> dict[str, Any]:
         """What it holds: for tests, and for people who look for a leak."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from ray import serve
+from torch import Tensor
 
 from vas.decoding.guide import LAG
 from vas.decoding.scorer import InProcess, ScoreBatch, make_scorer
 from vas.models.base import pick_device, quieten, set_threads
 from vas.models.value import ValueModel
-from vas.serving.calls import Question, Reply
+from vas.serving.calls import Question, Reply, values_of
 from vas.serving.config import Settled, ValueModelSpec
 
 FORGOTTEN_AFTER = 600.0  # seconds without a question about a sequence: its caller is gone
@@ -70,9 +71,9 @@ class Reader:
             self._read[name], self._asked[name] = question.held[i] + len(question.fresh[i]), now
         return Reply(self._replica, [], values.float().cpu().numpy(), positions)
 
-    def values(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """V after each token of a text: [T][J]. Raises VasError as the scorer's `values` does."""
-        return self._scorer.values(token_ids).tolist()
+    def values(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
+        """V after each token of a text, in parts, as the scorer's `values`."""
+        return self._scorer.values(token_ids)
 
     def _missing(self, question: Question) -> list[int]:
         """Sequences, as indices, that are not here as the question says."""
@@ -149,4 +150,5 @@ class ValueReplica:
 
     async def values(self, token_ids: list[int]) -> list[list[float]]:
         """V after each token: [T][J]."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._reader.values, token_ids)
+        parts, loop = self._reader.values(token_ids), asyncio.get_running_loop()
+        return await values_of(lambda: loop.run_in_executor(self._thread, next, parts, None))
