@@ -69,18 +69,13 @@ def _check_strengths(strengths: dict[str, float], run: RunDirectory) -> None:
 def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel, Engine]:
     """A run's base model, and an engine with its value model when one is needed."""
     from vas.decoding.engine import Engine
-    from vas.decoding.scorer import make_scorer
+    from vas.decoding.scorer import load_scorer
     from vas.models.base import load_base, quieten
-    from vas.models.value import ValueModel, check_tokenizers
 
     quieten()
     base, linears = load_base(run.config.base), run.config.base.linears
-    if not guided:
-        return base, Engine(base, linears=linears, free=True)
-    value = ValueModel.load(run.value, base.model.device)
-    check_tokenizers(value.config, base.name, base.tokenizer_digest)
-    scorer = make_scorer(run.config.value.name, value, linears, free=True)
-    return base, Engine(base, [scorer], linears=linears, free=True)
+    scorers = [load_scorer(run.config.value.name, run.value, base, linears)] if guided else []
+    return base, Engine(base, scorers, linears=linears, free=True)
 
 
 def _encode(base: BaseModel, system: str | None, prompt: str) -> list[int]:

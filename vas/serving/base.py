@@ -16,11 +16,11 @@ from ray.serve.handle import DeploymentHandle
 
 from vas.decoding.engine import Engine
 from vas.decoding.loop import Loop
-from vas.decoding.scorer import InProcess, Scorer, make_scorer
+from vas.decoding.scorer import InProcess, Scorer, load_scorer
 from vas.decoding.sequence import Completion, Request, Token
 from vas.errors import EngineDied, VasError
 from vas.models.base import load_base, quieten, set_threads
-from vas.models.value import ValueModel, ValueModelConfig, check_tokenizers
+from vas.models.value import ValueModelConfig, check_tokenizers
 from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question, values_of
 from vas.serving.config import Settled, ValueModelSpec
 from vas.serving.metrics import EngineMetrics
@@ -59,9 +59,7 @@ class BaseReplica:
 
     def _scorer(self, spec: ValueModelSpec) -> Scorer:
         if spec.placement == "colocated":
-            model = ValueModel.load(spec.path, self._base.model.device)
-            check_tokenizers(model.config, self._base.name, self._base.tokenizer_digest)
-            self._local[spec.name] = make_scorer(spec.name, model, self._settled.base.linears, free=True)
+            self._local[spec.name] = load_scorer(spec.name, spec.path, self._base, self._settled.base.linears)
             return self._local[spec.name]
         config = ValueModelConfig.load(spec.path)
         check_tokenizers(config, self._base.name, self._base.tokenizer_digest)

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from vas.config import RunConfig
 from vas.decoding.engine import Engine
 from vas.decoding.loop import Loop
-from vas.decoding.scorer import make_scorer
+from vas.decoding.scorer import load_scorer
 from vas.decoding.sequence import Completion, Request
 from vas.errors import VasError
 from vas.models.base import BaseModel, load_base, set_threads
 from vas.models.rates import product_rate
-from vas.models.value import ValueModel, check_tokenizers
 from vas.rollouts.engines.interface import generate_checked
 
 
@@ -54,14 +53,9 @@ class TransformersEngine:
 
 
 def _engine(config: RunConfig, base: BaseModel, value: str | None) -> Engine:
-    scorers = []
-    if value is not None:
-        model = ValueModel.load(value, base.model.device)
-        check_tokenizers(model.config, base.name, base.tokenizer_digest)
-        scorers.append(make_scorer(config.value.name, model, config.base.linears, free=True))
     return Engine(
         base,
-        scorers,
+        [] if value is None else [load_scorer(config.value.name, value, base, config.base.linears)],
         max_sequences=config.rollouts.batch_size,
         kv_tokens=config.resources.kv_tokens,
         linears=config.base.linears,
