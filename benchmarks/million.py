@@ -28,6 +28,7 @@ from vas.progress import console
 
 KILLED_AT = (0.25, 0.5, 0.75)
 TOKENS, BATCH = 4, 128
+SETTLED = 5.0  # seconds in which batches are those of the attempt before, whose processes outlive their driver
 MIB = 2**20
 
 
@@ -125,6 +126,8 @@ class Drive:
         driver = psutil.Process(process.pid)
         while process.poll() is None:
             now = committed(rollouts)
+            if time.monotonic() - started < SETTLED:
+                there = now
             if now > there:
                 self.first_after = self.first_after or time.monotonic() - started
                 (self.seen if now < batches else self.after).append(driver.memory_info().rss)
