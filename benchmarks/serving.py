@@ -5,7 +5,9 @@
 Three ways, with the same models, requests and CPUs, one after the other in one run: the bare engine's loop in one
 process, the endpoint with a colocated value model, and with the value model in a deployment of its own. The base model
 is the demo's, the value model its first layers with a random head; both kinds of requests, steered and not, run in
-each. Clients are threads of this process that read streams from HTTP; what they cost is part of the figures.
+each. Responses have lengths of their own, so that after the first STREAMS of them requests come one at a time, while
+the others are under way: the time to the first token is theirs. Clients are threads of this process that read streams
+from HTTP; what they cost is part of the figures.
 """
 
 from __future__ import annotations
@@ -35,8 +37,15 @@ from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.models.base import set_threads
 from vas.serving.app import build
 
-STREAMS, TOKENS, REQUESTS, PORT = 16, 64, 32, 8799
+STREAMS, REQUESTS, PORT = 16, 64, 8799
+LENGTHS = (16, 48)  # tokens of a response, the least and the most
 THREADS = 2
+
+
+def length(number: int) -> int:
+    """How many tokens a request asks for: as if drawn at random, the same in each case."""
+    least, most = LENGTHS
+    return least + number * 13 % (most - least + 1)
 
 
 class Measured:
@@ -62,8 +71,9 @@ def drive(ask: Any) -> Measured:
     measured = Measured()
     started = time.perf_counter()
     with ThreadPoolExecutor(STREAMS) as threads:
-        for first, tokens in threads.map(ask, range(REQUESTS)):
-            measured.first.append(first)
+        for number, (first, tokens) in enumerate(threads.map(ask, range(REQUESTS))):
+            if number >= STREAMS:
+                measured.first.append(first)
             measured.tokens += tokens
     measured.seconds = time.perf_counter() - started
     return measured
@@ -88,8 +98,8 @@ def bare(setting: Setting, guided: bool) -> Measured:
                 seen.append(time.perf_counter() - started)
                 first.set()
 
-        prompt = setting.prompts[number]
-        sampling = SamplingParams(max_tokens=TOKENS, seed=number, logit_bias={0: -1e4, 2: -1e4})
+        prompt = setting.prompts[number % len(setting.prompts)]
+        sampling = SamplingParams(max_tokens=length(number), seed=number, logit_bias={0: -1e4, 2: -1e4})
         done = loop.submit(Request(str(number), prompt, sampling, guidance), listen).result()
         return seen[0], len(done.token_ids)  # type: ignore[union-attr]  # no request of these fails
 
@@ -99,14 +109,15 @@ def bare(setting: Setting, guided: bool) -> Measured:
 
 def served(setting: Setting, guided: bool) -> Measured:
     """The endpoint that is up."""
-    asked = {"model": "bench", "max_tokens": TOKENS, "stream": True, "logit_bias": {"0": -100, "2": -100}}
+    asked = {"model": "bench", "stream": True, "logit_bias": {"0": -100, "2": -100}}
     if guided:
         asked["guidance"] = {"objectives": {"any": STRENGTH}, "candidates": CANDIDATES}
 
     def ask(number: int) -> tuple[float, int]:
         started, first = time.perf_counter(), 0.0
         body = asked | {
-            "prompt": list(setting.prompts[number]),
+            "prompt": list(setting.prompts[number % len(setting.prompts)]),
+            "max_tokens": length(number),
             "seed": number,
             "stream_options": {"include_usage": True},
         }
@@ -169,7 +180,7 @@ def main() -> None:
             rows.append(
                 Row(f"deployment / colocated, {kind}", "throughput", apart.rate / colocated.rate, "x", ">= 0.6")
             )
-    show(rows, f"{STREAMS} streams of {TOKENS} tokens, {THREADS} CPUs")
+    show(rows, f"{STREAMS} streams, {REQUESTS} responses of {LENGTHS[0]} to {LENGTHS[1]} tokens, {THREADS} CPUs")
     write(rows, arguments.json)
 
 

@@ -38,7 +38,7 @@ class BaseReplica:
         self._settled, self._handles = settled, handles
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(self._replica)
-        self._open, self._sends = 0, settled.serving.sends_per_second
+        self._open, self._sends = 0, settled.serving.sends
         self._base = load_base(settled.base, "cuda" if settled.serving.replicas.gpus else "cpu")
         self._local: dict[str, InProcess] = {}
         self._filled: list[_Mailbox] = []

@@ -125,13 +125,19 @@ class Serving(Section):
     """Choices that wait at each replica of the base model before requests are turned away with 503."""
     kv_tokens: int | None = Field(65536, gt=0)
     """Tokens that the KV cache of a replica's base model may hold, and that of each value model."""
-    sends_per_second: float = Field(50.0, gt=0)
+    sends_per_second: float | None = Field(None, gt=0)
     """Chunks a second that a replica of the base model sends to the gateway, all streams together; under load
-    tokens share a chunk."""
+    tokens share a chunk. Default 10 for each of its CPUs, for sending takes time from decoding there; on a GPU there
+    is no limit."""
     drain_seconds: float = Field(600.0, gt=0)
     """How long a replica that is to stop finishes what it has begun."""
     gate: Gate = Field(default_factory=Gate)
     """What the gateway lets in, and how."""
+
+    @property
+    def sends(self) -> float:
+        """Chunks a second, filled in."""
+        return self.sends_per_second or (math.inf if self.replicas.gpus else 10 * max(1.0, self.replicas.cpus))
 
     @property
     def concurrency(self) -> int:
