@@ -327,6 +327,11 @@ class RunConfig(Section):
         source = self.value.backbone or self.base.model
         return source, self.base.revision if source == self.base.model else None
 
+    def responses(self) -> dict[str, Any]:
+        """What decides the base model's own responses, but for the prompts."""
+        rollouts = {"rollouts": PLACES["rollouts"] | {"roll_in"}}
+        return self.model_dump(include={"base", "rollouts", "seed"}, exclude=PLACES | rollouts)
+
     def digest(self) -> str:
         """Hex digest of everything that decides a run's results; `resources`, `runs_dir` and PLACES don't."""
         content = self.model_dump(mode="json", exclude={"resources": True, "runs_dir": True, **PLACES})

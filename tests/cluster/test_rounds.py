@@ -1,6 +1,7 @@
 """A run of two rounds, and one that takes another's responses, on a real Ray."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,19 +66,14 @@ def test_responses_of_the_second_round_begin_under_guidance_and_the_base_model_e
     assert {row["held_out"] for row in second} == {True, False}
 
 
-def test_a_run_takes_the_responses_of_another(make_config, run):
+def test_a_run_takes_the_responses_of_another(make_config, run, tmp_path):
     content = make_config("taken", "rewards={long: {use: length}}", "evaluation.strengths=[{long: 2}]")
-    content["prompts"] = run.config.prompts.model_dump(mode="json")
-    with pytest.raises(VasError, match="rollouts differ"):
-        stages.rollout(RunDirectory.create(config_of(content)), run.location)
-    content["rollouts"] = run.config.rollouts.model_dump(mode="json") | {"roll_in": []}
-    other = run.config.model_dump(mode="json") | {"name": "plain", "rounds": 1}
-    other["rollouts"]["roll_in"] = []
-    source = RunDirectory.create(config_of(other))
-    stages.rollout(source)
-    one = storage.list_files(source.rollouts, ".parquet")[0]
-    theirs = {row["rollout_id"]: row for row in read_rollouts(source.rollouts).to_pylist()}
-    storage.delete(one)  # what the source lacks is sampled
+    for change, differ in (({"seed": 1}, "seed"), ({"prompts": content["prompts"] | {"limit": 9}}, "prompts")):
+        with pytest.raises(VasError, match=f"{differ} differ"):
+            stages.rollout(RunDirectory.create(config_of(content | change | {"name": differ})), run.location)
+    source = RunDirectory.open(shutil.copytree(run.location, str(tmp_path / "source")))
+    theirs = {row["rollout_id"]: row for row in rounds_of(source)[0]}
+    storage.delete(storage.list_files(source.path("rollouts", "round=0"), ".parquet")[0])  # what it lacks is sampled
     taken = RunDirectory.create(config_of(content))
     stages.rollout(taken, source.location)
     rows = read_rollouts(taken.rollouts).to_pylist()

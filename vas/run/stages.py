@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import zip_longest
 
 from vas import storage
 from vas.config import RunConfig
@@ -85,10 +86,13 @@ def rollout(run: RunDirectory, source: str | None = None) -> None:
 
 
 def _check_source(config: RunConfig, source: str) -> None:
-    """Raises VasError if the run at `source` samples other responses than the config does."""
-    theirs = RunDirectory.open(source).config
-    parts = ("base", "prompts", "rollouts", "seed")
-    differ = [part for part in parts if getattr(theirs, part) != getattr(config, part)]
+    """Raises VasError if the run at `source` samples other responses in its first round than the config does."""
+    run = RunDirectory.open(source)
+    ours, theirs = (each.responses() for each in (config, run.config))
+    differ = [part for part in ours if ours[part] != theirs[part]]
+    stored = StoredPrompts(run.path("prompts", "prompts.parquet")) if run.done("prompts") else ()
+    if any(one != other for one, other in zip_longest(stream_prompts(config.prompts), stored)):
+        differ.append("prompts")
     if differ:
         raise VasError(
             f"that run's responses are not this config's: {', '.join(differ)} differ",
