@@ -29,7 +29,7 @@ DEMO = bool(os.environ.get("VAS_DEMO_ON_S3"))
 SAME = ("prompt_token_ids", "response_token_ids", "rewards", "finish_reason", "held_out")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[S3Server]:
     with s3_server() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
