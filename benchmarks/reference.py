@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vas import guidance
-from vas.decoding.sampler import sample, uniforms
+from vas.decoding.sampler import entrants, gumbels, sample
 from vas.decoding.sequence import Request
 from vas.models.base import BaseModel
 from vas.models.value import ValueModel
@@ -173,5 +173,5 @@ def _draw(
     advantage = guidance.advantages(values, policy_BV.gather(1, tokens_BK), valid_BK)
     strengths = torch.tensor([list(r.guidance.objectives.values()) for r in requests])
     guided = guidance.combine(policy_BV, tokens_BK, valid_BK, advantage, strengths)
-    numbers = torch.from_numpy(uniforms([r.sampling.seed for r in requests], steps)).to(policy_BV.device)
-    return sample(guided, numbers, torch.zeros(len(requests), dtype=torch.bool))
+    noise = gumbels([r.sampling.seed for r in requests], steps, entrants(policy_BV.shape[1]))
+    return sample(guided, torch.from_numpy(noise).to(policy_BV.device), torch.zeros(len(requests), dtype=torch.bool))

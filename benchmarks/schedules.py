@@ -35,7 +35,7 @@ from benchmarks.setting import Watching, generate, guide_by, rates
 from vas import storage
 from vas.decoding.engine import Engine
 from vas.decoding.guide import Guide
-from vas.decoding.sampler import uniforms
+from vas.decoding.sampler import gumbels
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.decoding.sequence import Sequence as Decoded
@@ -64,8 +64,8 @@ class RandomHalf(Guide):
     def wanted(self, sequences: Sequence[Decoded], base_BV: Tensor) -> list[int]:
         """Each row by the toss of a coin that its seed and place decide."""
         rows = super().wanted(sequences, base_BV)
-        coins = uniforms([~s.request.sampling.seed for s in sequences], [len(s.response) for s in sequences])
-        return [b for b in rows if coins[b] < 0.5]
+        coins = gumbels([~s.request.sampling.seed for s in sequences], [len(s.response) for s in sequences], 2)
+        return [b for b in rows if coins[b, 0] < coins[b, 1]]
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """A naive reference for guided decoding that caches nothing, and the requests it is compared on."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ from tiny import tiny_base, tiny_value
 
 from vas.decoding.cache import KVCache
 from vas.decoding.engine import Engine
-from vas.decoding.sampler import fork, uniforms
+from vas.decoding.sampler import BLOCK, entrants, fork, gumbels
 from vas.decoding.scorer import Scorer, make_scorer
 from vas.decoding.sequence import Completion, GuidanceParams, Request, SamplingParams
 from vas.models.base import BaseModel
@@ -192,10 +191,17 @@ def next_policy(base: BaseModel, prefix: list[int], sampling: SamplingParams) ->
 
 
 def draw(logprobs: list[float], seed: int, position: int) -> int:
-    """The place where the cumulative distribution passes the random number of a seed and a position."""
-    number = uniforms([seed], [position])[0]
-    cumulative = itertools.accumulate(math.exp(p) for p in logprobs)
-    return next(t for t, below in enumerate(cumulative) if below > number)
+    """Two races with a seed's and a position's noise: of blocks of tokens, and of the tokens of the one that won."""
+    noise = gumbels([seed], [position], entrants(len(logprobs)))[0].tolist()
+    blocks = [logprobs[start : start + BLOCK] for start in range(0, len(logprobs), BLOCK)]
+    masses = [math.log(mass) if (mass := sum(map(math.exp, block))) else NEVER for block in blocks]
+    block = _winner(masses, noise[: len(blocks)])
+    return block * BLOCK + _winner(blocks[block], noise[len(blocks) :])
+
+
+def _winner(logprobs: list[float], noise: list[float]) -> int:
+    times = [p + g for p, g in zip(logprobs, noise, strict=False)]
+    return times.index(max(times))
 
 
 @torch.inference_mode()

@@ -210,7 +210,7 @@ def test_halves_of_characters_are_refused():
 
 def test_too_many_at_once_are_told_to_come_again(keys):
     """Two replies' worth of choices more than a replica takes."""
-    asked = {"model": "tiny", "messages": CHAT, "max_tokens": 60, "n": 8}
+    asked = {"model": "tiny", "messages": CHAT, "max_tokens": 200, "n": 8}  # long enough that all are there at once
     with ThreadPoolExecutor(24) as threads:
         found = list(threads.map(lambda _: post("/v1/chat/completions", json=asked), range(24)))
     statuses = {response.status_code for response in found}

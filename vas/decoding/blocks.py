@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vas.decoding.guide import Guide
-from vas.decoding.sampler import fork, uniforms
+from vas.decoding.sampler import entrants, fork, gumbels, sample
 from vas.decoding.sequence import Drawn, Sequence
 
 CHOICE = -1  # the random numbers that choose between continuations; theirs are forks 0, 1, …
@@ -69,12 +69,10 @@ def _choose(block: Block, logits_K: Tensor) -> tuple[Sequence, list[Drawn]]:
     trunk, k = block.continuations[0], len(block.continuations)
     logprobs = torch.log_softmax(logits_K, dim=0)
     probs = logprobs.exp()
-    if trunk.request.sampling.temperature == 0:
-        number = int(logits_K.argmax())
-    else:
-        start = len(trunk.response) - len(trunk.pending)
-        point = uniforms([fork(trunk.request.sampling.seed, CHOICE)], [start])[0]
-        number = min(int((probs.cumsum(0) <= point).sum()), k - 1)
+    start = len(trunk.response) - len(trunk.pending)
+    noise = torch.from_numpy(gumbels([fork(trunk.request.sampling.seed, CHOICE)], [start], entrants(k)))
+    greedy = torch.tensor([trunk.request.sampling.temperature == 0])
+    number = int(sample(logprobs[None], noise.to(logprobs.device), greedy))
     trunk.completion.guided_steps += 1
     chosen = block.continuations[number]
     *before, last = chosen.pending

@@ -1,7 +1,12 @@
 """log π0 as each request wants it, and drawing tokens from log π.
 
-Sampling is counter-based: the random number of position t of a request is a function of (seed, t). So
+Sampling is counter-based: the random numbers of position t of a request are a function of (seed, t). So
 a request gives the same tokens alone or in a crowd, and before or after a replica died.
+
+Log-probs are the same up to rounding only, for a batch's shape decides in which order sums are taken. A token is drawn
+by a race that hardly minds: it is the arg-max of log-probs plus Gumbel noise (Gumbel, 1954; Maddison et al., 2014), and
+changes only if the first two are as close as the rounding. Where a random number is looked up in the cumulative
+distribution instead, each of its hundreds of steps may pass it by.
 """
 
 from __future__ import annotations
@@ -39,10 +44,11 @@ def policy(logits_BV: Tensor, knobs: Many[SamplingParams]) -> Tensor:
 def draw(sequences: Many[Sequence], base_BV: Tensor, guided_BV: Tensor) -> list[Drawn]:
     """The next token of every sequence, with its log π0 and log π, and the step's KL."""
     device, knobs = base_BV.device, [s.request.sampling for s in sequences]
-    numbers = uniforms([fork(s.request.sampling.seed, s.fork) for s in sequences], [len(s.response) for s in sequences])
+    seeds = [fork(s.request.sampling.seed, s.fork) for s in sequences]
+    noise = gumbels(seeds, [len(s.response) for s in sequences], entrants(base_BV.shape[1]))
     # continuations of a greedy request are sampled all the same, and the best of them is taken
     greedy = torch.tensor([k.temperature == 0 and s.block is None for k, s in zip(knobs, sequences, strict=True)])
-    chosen_B = sample(guided_BV, torch.from_numpy(numbers).to(device), greedy)
+    chosen_B = sample(guided_BV, torch.from_numpy(noise).to(device), greedy)
     guided = guided_BV is not base_BV
     kl_B = guidance.kl_divergence(guided_BV, base_BV) if guided else torch.zeros_like(base_BV[:, 0])
     taken = [each.gather(1, chosen_B[:, None]).squeeze(1) for each in (base_BV, guided_BV)]
@@ -62,15 +68,17 @@ def _likeliest(base_BV: Tensor, guided_BV: Tensor, counts: list[int]) -> list[tu
     return [tuple(each for each in row if each[2] > guidance.NEVER) for row in rows]
 
 
-def uniforms(seeds: list[int], positions: list[int]) -> np.ndarray:
-    """A uniform number in [0, 1) for each (seed, position): [B], float64.
+def gumbels(seeds: list[int], positions: list[int], count: int) -> np.ndarray:
+    """So many numbers from a standard Gumbel distribution for each (seed, position): [B, count], float64.
 
-    SplitMix64 (Steele et al., 2014) applied to the seed, then to the seed's output plus the position.
+    SplitMix64 (Steele et al., 2014) applied to the seed, then to the seed's output plus the position, and then to
+    that output plus the place in the row.
     """
     with np.errstate(over="ignore"):
         state = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64) + _GAMMA)
-        bits = _mix(state + (np.array(positions, dtype=np.uint64) + np.uint64(1)) * _GAMMA)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        state = _mix(state + (np.array(positions, dtype=np.uint64) + np.uint64(1)) * _GAMMA)
+        bits = _mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GAMMA)
+    return -np.log(-np.log(((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53))
 
 
 def fork(seed: int, number: int) -> int:
@@ -88,24 +96,23 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def sample(logprobs_BV: Tensor, uniforms_B: Tensor, greedy_B: Tensor) -> Tensor:
-    """Draw a token a row by inverting the cumulative distribution at `uniforms_B`; arg-max where greedy.
+def entrants(vocab: int) -> int:
+    """Numbers that a draw from so many tokens needs: one for each block, and one for each place in a block."""
+    return -(-vocab // BLOCK) + BLOCK
 
-    The inversion takes two steps, first to a block of tokens and then to one inside it, which
-    reads the vocabulary once instead of summing it up in double precision.
+
+def sample(logprobs_BV: Tensor, gumbels_BN: Tensor, greedy_B: Tensor) -> Tensor:
+    """Draw a token a row by the Gumbel race with `entrants(V)` numbers a row; arg-max where greedy.
+
+    Two races, first of blocks of tokens and then inside the one that won, need few random numbers and read the
+    vocabulary once. What has probability 0 never wins.
     """
     rows, vocab = logprobs_BV.shape
     blocks = F.pad(logprobs_BV.exp(), (0, -vocab % BLOCK)).view(rows, -1, BLOCK)
-    mass = blocks.sum(-1).double().cumsum(-1)
-    target = uniforms_B * mass[:, -1]
-    block = torch.searchsorted(mass, target[:, None], right=True)
-    before = F.pad(mass, (1, 0)).gather(1, block)
-    inside = blocks[torch.arange(rows, device=block.device)[:, None], block].squeeze(1).double().cumsum(-1)
-    inside *= (mass.gather(1, block) - before) / inside[:, -1:]  # the two roundings of the block's mass agree
-    offset = torch.searchsorted(inside, target[:, None] - before, right=True)
-    # rounding may step past the last token that has any probability: never draw an excluded one
-    last = (inside < inside[:, -1:]).sum(-1, keepdim=True)
-    drawn = (block * BLOCK + torch.minimum(offset, last)).squeeze(1)
+    count = blocks.shape[1]
+    block = (blocks.sum(-1).log() + gumbels_BN[:, :count]).argmax(-1)
+    inside = blocks[torch.arange(rows, device=block.device), block]
+    drawn = block * BLOCK + (inside.log() + gumbels_BN[:, count:]).argmax(-1)
     if not bool(greedy_B.any()):
         return drawn
     return torch.where(greedy_B.to(drawn.device), logprobs_BV.argmax(dim=-1), drawn)
