@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.exceptions import TaskCancelledError
 
 from vas.serving.errors import ApiError
 
@@ -71,6 +72,8 @@ class Front:
         except asyncio.CancelledError:
             status = CLOSED_BY_CLIENT
             raise
+        except TaskCancelledError:  # what Serve's `receive` raises for it
+            status = CLOSED_BY_CLIENT
         except Exception:
             logger.exception("request %s failed", request_id)
             if begun:
