@@ -84,8 +84,8 @@ def assert_same(run: RunDirectory, expected: RunDirectory) -> None:
         found, wanted = ({row["rollout_id"]: row for row in each} for each in (rows, wanted_rows))
         assert len(found) == len(rows)
         assert found.keys() == wanted.keys()
-        for name, row in found.items():
-            assert {column: row[column] for column in SAME} == {column: wanted[name][column] for column in SAME}
+        differ = [name for name in found if any(found[name][column] != wanted[name][column] for column in SAME)]
+        assert not differ, f"{part}: {len(differ)} of {len(found)} rows differ, {differ[0]} first"
     value, other = ValueModel.load(run.value), ValueModel.load(expected.value)
     assert value.objectives == other.objectives
     for (name, tensor), theirs in zip(value.named_parameters(), other.parameters(), strict=True):
