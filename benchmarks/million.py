@@ -43,7 +43,7 @@ def dry_run(prompts: int) -> list[Row]:
         for share in (*KILLED_AT, 1.0):
             there = committed(rollouts)
             drive = Drive(config)
-            drive.follow(rollouts, there, int(share * batches), batches)
+            drive.follow(rollouts, int(share * batches), batches)
             case = f"from {there / batches:.0%}"
             rows.append(Row(case, "until the first batch", drive.first_after, "s", "<= 30" if there else None))
             rows.append(Row(case, "driver's memory, first tenth", drive.memory(0.1) / MIB, "MiB"))
@@ -117,9 +117,9 @@ class Drive:
     after: list[int] = field(default_factory=list)
     """The same from then on, when it sums up."""
 
-    def follow(self, rollouts: Path, there: int, until: int, batches: int) -> None:
+    def follow(self, rollouts: Path, until: int, batches: int) -> None:
         """Watch it until so many batches are committed, then kill it; or to its end, if that is all of them."""
-        started = time.monotonic()
+        started, there = time.monotonic(), 0
         process = subprocess.Popen(
             [sys.executable, "-m", "vas.cli.main", "rollout", str(self.config)], start_new_session=True
         )

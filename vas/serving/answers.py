@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from statistics import fmean
@@ -57,8 +57,9 @@ class Answer:
         reason = tokens[-1].finish_reason
         if not reason and self.likeliest is None and not any(token.text for token in tokens):
             return None
-        before = sum(len(token.text) for token in choice.tokens) - sum(len(token.text) for token in tokens)
-        part = self.part(place, tokens, reason, whole=False, before=before) | (_guidance_of(choice) if reason else {})
+        earlier = choice.tokens[: -len(tokens)]
+        part = self.part(place, tokens, reason, whole=False, earlier=earlier)
+        part |= _guidance_of(choice) if reason else {}
         return self._head(self.chunk_kind) | {"choices": [part]}
 
     def end(self, choices: list[Choice]) -> dict[str, Any]:
@@ -74,19 +75,21 @@ class Answer:
             "total_tokens": self.prompt_tokens + completion,
         }
 
-    def part(self, place: int, tokens: list[Token], reason: str | None, whole: bool, before: int = 0) -> dict[str, Any]:
-        """An entry of `choices`; before: characters that the choice has had so far."""
+    def part(
+        self, place: int, tokens: list[Token], reason: str | None, whole: bool, earlier: Sequence[Token] = ()
+    ) -> dict[str, Any]:
+        """An entry of `choices`; earlier: the choice's tokens before these, in chunks of their own."""
         text = "".join(token.text for token in tokens)
-        return {"index": place, "text": text, "logprobs": self._logprobs(tokens, before), "finish_reason": reason}
+        return {"index": place, "text": text, "logprobs": self._logprobs(tokens, earlier), "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[Token], before: int) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[Token], earlier: Sequence[Token]) -> dict[str, Any] | None:
         if self.likeliest is None:
             return None
         return {
             "tokens": [self._text(token.token_id) for token in tokens],
             "token_logprobs": [token.guided_logprob for token in tokens],
             "top_logprobs": [{self._text(t): guided for t, _, guided in token.top} for token in tokens],
-            "text_offset": _offsets(tokens, before),
+            "text_offset": _offsets([*earlier, *tokens])[len(earlier) :],
             "base_logprobs": [token.logprob for token in tokens],
             "advantages": [_advantages(token) for token in tokens],
         }
@@ -114,15 +117,17 @@ class ChatAnswer(Answer):
             for place in range(choices)
         ]
 
-    def part(self, place: int, tokens: list[Token], reason: str | None, whole: bool, before: int = 0) -> dict[str, Any]:
+    def part(
+        self, place: int, tokens: list[Token], reason: str | None, whole: bool, earlier: Sequence[Token] = ()
+    ) -> dict[str, Any]:
         """An entry of `choices`."""
         text = "".join(token.text for token in tokens)
         content = {"message": {"role": "assistant", "content": text, "refusal": None}} if whole else {}
         if not whole:
             content = {"delta": {"content": text} if text else {}}
-        return {"index": place, **content, "logprobs": self._logprobs(tokens, before), "finish_reason": reason}
+        return {"index": place, **content, "logprobs": self._logprobs(tokens, earlier), "finish_reason": reason}
 
-    def _logprobs(self, tokens: list[Token], before: int) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[Token], earlier: Sequence[Token]) -> dict[str, Any] | None:
         if self.likeliest is None:
             return None
         entries = [
@@ -169,6 +174,6 @@ def _advantages(token: Token) -> dict[str, float]:
     return {name: score.advantage for name, score in token.scores.items()}
 
 
-def _offsets(tokens: Iterable[Token], before: int) -> list[int]:
+def _offsets(tokens: Iterable[Token]) -> list[int]:
     """Where each token's text begins."""
-    return list(accumulate((len(token.text) for token in tokens), initial=before))[:-1]
+    return list(accumulate((len(token.text) for token in tokens), initial=0))[:-1]

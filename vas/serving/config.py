@@ -86,6 +86,11 @@ class Limits(Section):
         """Least and greatest β."""
         return self.strengths.get(objective, self.strength)
 
+    def allows(self, objective: str, strength: float) -> bool:
+        """Whether β is within them; 0 always is, for it does not steer."""
+        low, high = self.bounds(objective)
+        return not strength or low <= strength <= high
+
 
 class Gate(Section):
     """What may change while the endpoint runs, with no restart: the gateway's `user_config`."""

@@ -74,8 +74,8 @@ class Served:
                     raise VasError(f"there is no objective '{name}'", where, nearest(name, list(self.objectives)))
         for where, preset in presets.items():
             for name, strength in preset.objectives.items():
-                low, high = gate.limits.bounds(name)
-                if strength and not low <= strength <= high:
+                if not gate.limits.allows(name, strength):
+                    low, high = gate.limits.bounds(name)
                     mend = "change it, or the bounds: limits.strengths, limits.strength"
                     raise VasError(f"{name}: {strength:g} is not in [{low:g}, {high:g}]", where, mend)
             if (preset.candidates or 0) > gate.limits.candidates:
@@ -185,8 +185,8 @@ class Served:
             if name not in self.objectives:
                 message = f"there is no objective '{name}': {nearest(name, list(self.objectives))}"
                 raise ApiError(400, message, param, "unknown_objective")
-            low, high = gate.limits.bounds(name)
-            if strength and not low <= strength <= high:
+            if not gate.limits.allows(name, strength):
+                low, high = gate.limits.bounds(name)
                 raise ApiError(400, f"the strength of '{name}' must be in [{low:g}, {high:g}]", param)
             caller.check_strength(name, strength)
         chosen = {
