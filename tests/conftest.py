@@ -9,3 +9,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Its assertions then say what they found, as those of the tests do.
 pytest.register_assert_rewrite("naive")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_only(tmp_path_factory) -> str:
+    """A model's folder without its weights."""
+    from tiny import tiny_tokenizer  # after the offline switch above
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -42,12 +42,14 @@ class Replicas:
         self._readers: dict[str, Reader] = {}
         self._born = 0
         self.calls = self.missed = 0
-        self.down = False
+        self.down = self.hung = False
 
     def ask(self, replica: str | None, question: Question) -> Done:
         """Answer as a replica does: the one that is named if it lives, else another."""
         if self.down:
             return Done(ConnectionError("nobody is there"))
+        if self.hung:
+            return Done(TimeoutError())
         while len(self._readers) < self._count:
             self._born += 1
             name = f"replica {self._born}"
@@ -130,6 +132,21 @@ def test_a_step_without_an_answer_is_the_base_models():
     [found] = engine.generate([steered])
     [expected] = Engine(tiny_base(), [ValueScorer("value", tiny_value())]).generate([steered])
     assert (found.token_ids, found.lost_steps) == (expected.token_ids, 0)
+
+
+def test_a_greeting_without_an_answer_is_sent_again(monkeypatch):
+    replicas = Replicas()
+    replicas.hung = True
+    engine = Engine(tiny_base(), [remote(replicas, patience=0.0)])
+    steered = requests()[0]
+    [lost] = engine.generate([steered])
+    assert lost.lost_steps == len(lost.token_ids)
+    replicas.hung = False
+    [waiting] = engine.generate([steered])  # for the greeting that nobody will answer
+    assert waiting.lost_steps == len(waiting.token_ids)
+    monkeypatch.setattr("vas.serving.remote.REST", 0.0)
+    [found] = engine.generate([steered])
+    assert found.lost_steps == 0
 
 
 def test_a_call_a_step_for_each_replica():

@@ -97,7 +97,7 @@ def _chat(checkpoint: Checkpoint, prompt: str) -> Prompt:
 def _check_length(scored: int, all_: int, model: ValueModel) -> None:
     if not scored:
         raise VasError("there is nothing to score: the text is empty", mend="give it a token at least")
-    room = getattr(model.config.backbone_config.get_text_config(), "max_position_embeddings", None)
+    room = model.config.context_length
     if room is not None and all_ > room:
         raise VasError(f"the text has {all_} tokens, the value model reads {room}", mend="score a shorter part of it")
 

@@ -116,7 +116,7 @@ class InProcess:
     def __init__(self, name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> None:
         self.name = name
         self.objectives = model.objectives
-        self.context_length: int | None = getattr(model.config.backbone_config, "max_position_embeddings", None)
+        self.context_length = model.config.context_length
         self._model = model
         self._runner = ModelRunner(model.backbone, linears, free)
 

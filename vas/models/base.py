@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vas.digests import digest
 from vas.errors import VasError
@@ -34,7 +40,12 @@ class BaseModel:
     @property
     def context_length(self) -> int | None:
         """Longest sequence the model has positions for, if its config says."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.model.config)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Longest sequence a model of this config has positions for, if it says."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def quieten() -> None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from vas.errors import VasError
-from vas.models.base import load_pretrained, tokenizer_digest
+from vas.models.base import context_length, load_pretrained, tokenizer_digest
 from vas.models.heads import CategoricalHead, Head, ScalarHead, StateHead, VocabHead
 
 if TYPE_CHECKING:
@@ -69,6 +69,11 @@ class ValueModelConfig(PreTrainedConfig):
     def backbone_config(self) -> PreTrainedConfig:
         """The backbone's config as an object."""
         return AutoConfig.for_model(**self.backbone)
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence it has positions for, if the backbone's config says."""
+        return context_length(self.backbone_config)
 
 
 class ValueModel(PreTrainedModel):

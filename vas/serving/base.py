@@ -21,10 +21,11 @@ from vas.decoding.sequence import Completion, Request, Token
 from vas.errors import EngineDied, VasError
 from vas.models.base import load_base, quieten, set_threads
 from vas.models.value import ValueModelConfig, check_tokenizers
-from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question, values_of
+from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question
 from vas.serving.config import Settled, ValueModelSpec
 from vas.serving.metrics import EngineMetrics
 from vas.serving.remote import Pending, RemoteScorer
+from vas.serving.texts import values_of
 
 
 class BaseReplica:
@@ -71,7 +72,7 @@ class BaseReplica:
         return RemoteScorer(
             spec.name,
             tuple(each["name"] for each in config.objectives),
-            getattr(config.backbone_config, "max_position_embeddings", None),
+            config.context_length,
             config.head["kind"] == "vocab",
             ask,
             self._replica,

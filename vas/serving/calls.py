@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from torch import Tensor
 
 from vas.decoding.sequence import Token
 
@@ -88,14 +86,3 @@ class Objective:
     reward_version: str
     relative: bool
     """Whether its values only compare next tokens."""
-
-
-async def values_of(part: Callable[[], Awaitable[Tensor | None]]) -> list[list[float]]:
-    """Values of a text, [T][J]; `part()` waits for the next [t, J] of them, and gives None after the last.
-
-    What computes them does other work between two parts.
-    """
-    rows: list[list[float]] = []
-    while (values := await part()) is not None:
-        rows += values.tolist()
-    return rows

@@ -133,23 +133,12 @@ class Gateway:
         """Values of a text, for each token and objective."""
         body: ScoreRequest = parse(ScoreRequest, await self._body(request))
         served, caller = self.served, _caller(request)
-        if body.model is not None:
-            served.preset(body.model, self.gate)
-        every = [each.name for each in served.objectives.values() if not each.relative and caller.may_use(each.name)]
-        names = every if body.objectives is None else body.objectives
-        for name in names:
-            if name not in served.objectives:
-                raise ApiError(400, f"there is no objective '{name}'", "objectives", "unknown_objective")
-            if not caller.may_use(name):
-                message = f"this key may not use the objective '{name}'"
-                raise ApiError(403, message, "objectives", "objective_not_allowed")
+        names = served.scored(body, self.gate, caller)
         before, after = await asyncio.to_thread(served.encode_pair, self.gate, body.messages, body.text)
         tokens = len(before) + len(after)
         caller.spend(tokens)
-        models = {served.objectives[name].value_model for name in names}
-        order = {m: [o.name for o in served.objectives.values() if o.value_model == m] for m in models}
         try:
-            rows = {m: await self._values(m, before + after) for m in models}
+            values = await self._values(names, before + after)
         except BaseException:
             caller.give_back(tokens)
             raise
@@ -158,13 +147,7 @@ class Gateway:
             "object": "score",
             "model": served.name,
             "tokens": [{"id": token, "text": served.tokenizer.decode([token])} for token in after],
-            "objectives": {
-                name: [
-                    row[order[served.objectives[name].value_model].index(name)]
-                    for row in rows[served.objectives[name].value_model][len(before) :]
-                ]
-                for name in names
-            },
+            "objectives": {name: each[len(before) :] for name, each in values.items()},
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
 
@@ -259,14 +242,18 @@ class Gateway:
             if choice.lost_steps:
                 self.metrics.unguided()
 
-    async def _values(self, model: str, token_ids: list[int]) -> list[list[float]]:
+    async def _values(self, names: list[str], token_ids: list[int]) -> dict[str, list[float]]:
+        """Values of each objective, one for each token. Raises ApiError for a value model that cannot be reached."""
+        models = {name: self.served.objectives[name].value_model for name in names}
+        columns = {name: self.served.column(name) for name in names}
         try:
-            return await self._base.values.remote(model, token_ids)
+            rows = {model: await self._base.values.remote(model, token_ids) for model in set(models.values())}
         except Exception as error:
             known = as_vas_error(error)
             if known is not None:
                 raise ApiError(400, known.what, "objectives") from None
             raise ApiError(503, "the value model cannot be reached", code="model_unavailable", retry_after=5) from None
+        return {name: [row[columns[name]] for row in rows[models[name]]] for name in names}
 
     async def _tokens(self, prompt: str | list[int]) -> list[int]:
         """A completion's prompt as token ids; in a thread, for a long one must not hold up the streams of others."""

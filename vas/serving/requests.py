@@ -9,14 +9,14 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.errors import VasError, nearest
-from vas.models.base import encode_prompt, load_pretrained, load_tokenizer
+from vas.models.base import context_length, encode_prompt, load_pretrained, load_tokenizer
 from vas.models.value import ValueModelConfig
 from vas.schema import Message, Prompt
 from vas.serving.calls import Objective
 from vas.serving.config import Gate, Preset, Settled
 from vas.serving.errors import ApiError
 from vas.serving.keys import Caller
-from vas.serving.protocol import ChatMessage, Guidance, SamplingBody
+from vas.serving.protocol import ChatMessage, Guidance, SamplingBody, ScoreRequest
 
 CHARACTERS = 32  # a token: no tokenizer makes longer ones of a text
 
@@ -34,12 +34,11 @@ class Served:
     @classmethod
     def of(cls, settled: Settled, digests: dict[str, str]) -> Served:
         """Read the configs of all models. Raises VasError for one that is not there."""
-        base = load_pretrained(AutoConfig, settled.base.model, settled.base.revision).get_text_config()
-        rooms = [getattr(base, "max_position_embeddings", None)]
+        rooms = [context_length(load_pretrained(AutoConfig, settled.base.model, settled.base.revision))]
         objectives: dict[str, Objective] = {}
         for spec in settled.value_models:
             config = ValueModelConfig.load(spec.path)
-            rooms.append(getattr(config.backbone_config, "max_position_embeddings", None))
+            rooms.append(config.context_length)
             kind = config.head["kind"]
             for each in config.objectives:
                 if each["name"] in objectives:
@@ -89,6 +88,28 @@ class Served:
         if name == self.name and preset in gate.presets:
             return gate.presets[preset]
         raise ApiError(404, f"the model '{model}' does not exist", "model", "model_not_found")
+
+    def scored(self, body: ScoreRequest, gate: Gate, caller: Caller) -> list[str]:
+        """Objectives whose values are asked for; of a request that names none, all that have values of a text.
+
+        Raises ApiError for one that is not there, or that the caller may not use.
+        """
+        if body.model is not None:
+            self.preset(body.model, gate)
+        if body.objectives is None:
+            return [each.name for each in self.objectives.values() if not each.relative and caller.may_use(each.name)]
+        for name in body.objectives:
+            if name not in self.objectives:
+                raise ApiError(400, f"there is no objective '{name}'", "objectives", "unknown_objective")
+            if not caller.may_use(name):
+                message = f"this key may not use the objective '{name}'"
+                raise ApiError(403, message, "objectives", "objective_not_allowed")
+        return body.objectives
+
+    def column(self, name: str) -> int:
+        """An objective's place among those of its value model."""
+        model = self.objectives[name].value_model
+        return [each.name for each in self.objectives.values() if each.value_model == model].index(name)
 
     def encode_pair(self, gate: Gate, messages: list[ChatMessage] | None, text: str) -> tuple[list[int], list[int]]:
         """Token ids of a chat, if there is one, and of a text that answers it. Raises ApiError as `encode` does."""

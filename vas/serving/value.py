@@ -16,8 +16,9 @@ from vas.decoding.guide import LAG
 from vas.decoding.scorer import InProcess, ScoreBatch, make_scorer
 from vas.models.base import pick_device, quieten, set_threads
 from vas.models.value import ValueModel
-from vas.serving.calls import Question, Reply, values_of
+from vas.serving.calls import Question, Reply
 from vas.serving.config import Settled, ValueModelSpec
+from vas.serving.texts import values_of
 
 FORGOTTEN_AFTER = 600.0  # seconds without a question about a sequence: its caller is gone
 
