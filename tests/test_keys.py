@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+
 import pytest
 import yaml
 
@@ -31,17 +33,26 @@ def status_of(call, *arguments) -> ApiError:
     return raised.value
 
 
+def basic(credentials: str) -> str:
+    """As a browser sends what was typed in."""
+    return f"Basic {base64.b64encode(credentials.encode()).decode()}"
+
+
 def test_a_key_opens_and_nothing_else_does():
     (alice, hers), (bob, his) = new_key(), new_key()
     door = Doorkeeper([Key(name="alice", sha256=hers), Key(name="bob", sha256=his)])
     assert door.admit(f"Bearer {alice}").name == "alice"
     assert door.admit(f"bearer  {bob} ").name == "bob"
+    assert door.admit(basic(f"whoever:{bob}")).name == "bob"
     for header in (
         None,
         "",
         "Bearer",
         "Bearer ",
         f"Basic {alice}",
+        basic(alice),
+        basic(f"{alice}:"),
+        basic(f"alice:{alice}x"),
         alice,
         f"Bearer {hers}",
         f"Bearer {alice}x",

@@ -332,10 +332,16 @@ def test_keys_guard_every_route_but_health(keys, folder):
 
     keys["gate"]["keys"] = str(file)
     run(keys)
-    for path in ("/v1/models", "/v1/objectives", "/metrics", "/docs", "/openapi.json", "/v1/nothing"):
+    for path in ("/", "/v1/models", "/v1/objectives", "/metrics", "/docs", "/openapi.json", "/v1/nothing"):
         assert get(path).status_code == 401, path
         assert get(path, headers={"Authorization": "Bearer vas-wrong"}).status_code == 401
     assert get("/health").status_code == 200
+    assert get("/").headers["www-authenticate"].startswith("Basic ")  # a browser then asks for a password
+    assert get("/", auth=("", secret)).status_code == get("/v1/models", auth=("", secret)).status_code == 200
+    body = json.dumps({"model": "tiny", "messages": CHAT, "max_tokens": 1})
+    for kind, status in (("application/json", 200), ("text/plain", 401)):  # a form of another site can send the latter
+        sent = post("/v1/chat/completions", content=body, headers={"Content-Type": kind}, auth=("", frugal))
+        assert sent.status_code == status
     with pytest.raises(openai.AuthenticationError):
         chat()
     alice, bob = client(secret).chat.completions, client(frugal).chat.completions
@@ -344,8 +350,7 @@ def test_keys_guard_every_route_but_health(keys, folder):
     for objectives in ({"positive": 4}, {"short": 1}):
         with pytest.raises(openai.PermissionDeniedError):
             alice.create(**asked, extra_body={"guidance": {"objectives": objectives}})
-    assert bob.create(**asked).choices
-    assert bob.create(**asked).choices
+    assert bob.create(**asked).choices  # his second request
     with pytest.raises(openai.RateLimitError) as raised:
         bob.create(**asked)
     assert int(raised.value.response.headers["retry-after"]) >= 1

@@ -96,7 +96,7 @@ def _greet(settled: Settled, host: str, port: int) -> None:
         f"[bold]{settled.name}[/bold] with value models {', '.join(names) or 'none'} at [bold]{url}/v1[/bold]\n"
         f"Try it: curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
         f'\'{{"model": "{settled.name}", "messages": [{{"role": "user", "content": "How was your day?"}}]}}\'\n'
-        f"Objectives: {url}/v1/objectives; the API: {url}/docs. Ctrl-C stops it.",
+        f"In a browser: {url}; the API: {url}/docs. Ctrl-C stops it.",
         highlight=False,
         soft_wrap=True,
     )

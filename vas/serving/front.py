@@ -27,6 +27,7 @@ logger = logging.getLogger("ray.serve.vas")
 access = logging.getLogger("ray.serve.vas.access")
 
 OPEN = "/health"
+PAGES = ("/", "/docs")  # for browsers, which ask for a password and then send it with all that a page asks for
 CLOSED_BY_CLIENT = 499
 
 
@@ -58,13 +59,16 @@ class Front:
         try:
             try:
                 if scope["path"] != OPEN:
-                    who = gateway.doorkeeper.admit(headers.get(b"authorization"))
+                    who = gateway.doorkeeper.admit(_authorization(scope["method"], headers))
                     scope["state"]["caller"], caller = who, who.name
                 length = headers.get(b"content-length", "0")
                 if length.isdecimal() and int(length) > gateway.gate.limits.body_bytes:
                     raise too_large(gateway.gate.limits.body_bytes)
             except ApiError as error:
-                await error.response()(scope, receive, answer)
+                response = error.response()
+                if error.status == 401 and scope["path"] in PAGES:
+                    response.headers["WWW-Authenticate"] = 'Basic realm="the password is an API key", Bearer'
+                await response(scope, receive, answer)
                 return
             await self._app(scope, receive, answer)
             if not ended:  # the client left, and there was nobody to send the rest to
@@ -89,6 +93,15 @@ class Front:
             line = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             line |= {"seconds": round(seconds, 4), "key": caller} | scope["state"].get("log", {})
             access.info(json.dumps(line))
+
+
+def _authorization(method: str, headers: dict[bytes, str]) -> str | None:
+    """The header; a browser's only with what no form of another site can make it send: a GET, or JSON."""
+    given = headers.get(b"authorization")
+    kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
+    if given and given.lower().startswith("basic ") and method != "GET" and kind != "application/json":
+        return None
+    return given
 
 
 def too_large(limit: int) -> ApiError:

@@ -9,11 +9,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -33,6 +34,8 @@ from vas.serving.scrape import scrape
 
 COMPLETION_TOKENS = 16  # of a completion that says nothing, as OpenAI's
 CHAT_TOKENS = 1 << 30  # of a chat: as many as there is room for
+PLAYGROUND = Path(__file__).with_name("playground.html").read_text()
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 app = FastAPI(title="VAS on Ray", version="1", description=openapi.ABOUT, redirect_slashes=False)
 app.add_middleware(Front)
@@ -111,6 +114,11 @@ class Gateway:
         self.served.check_gate(gate)
         self.doorkeeper = Doorkeeper(load_keys(gate.keys) if gate.keys else None)
         self.gate = gate
+
+    @app.get("/", include_in_schema=False)
+    async def playground(self) -> Response:
+        """A page to try it on: the base model's answer and the steered one, side by side."""
+        return HTMLResponse(PLAYGROUND, headers={"Content-Security-Policy": POLICY})
 
     @app.post("/v1/chat/completions", **openapi.chat)
     async def chat(self, request: Request) -> Response:

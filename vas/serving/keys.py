@@ -5,10 +5,12 @@ A keys file holds digests, never keys. Budgets are counted by each gateway on it
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pydantic import Field
@@ -124,6 +126,17 @@ class Caller:
             self._tokens.give_back(tokens)
 
 
+def _key_of(authorization: str) -> str:
+    """The key in an `Authorization` header: a bearer's token or, from a browser, the password; empty for none."""
+    scheme, _, credentials = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    if scheme.lower() == "basic":
+        with suppress(ValueError):
+            return base64.b64decode(credentials.strip(), validate=True).decode().partition(":")[2]
+    return ""
+
+
 class Doorkeeper:
     """Knows the keys. Without any, whoever reaches the endpoint may use it."""
 
@@ -137,10 +150,10 @@ class Doorkeeper:
         """The caller of an `Authorization` header. Raises ApiError for a key that is missing or unknown."""
         if self._callers is None:
             return self._anybody
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        key = _key_of(authorization or "")
+        if not key:
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", None, "missing_api_key")
-        digest, found = hash_of(key.strip()), None
+        digest, found = hash_of(key), None
         for known, caller in self._callers:  # all of them, so that the time tells nothing
             if hmac.compare_digest(known, digest):
                 found = caller
