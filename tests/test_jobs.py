@@ -22,7 +22,7 @@ from vas.config import load_config
 from vas.models.value import ValueModel
 from vas.run.directory import RunDirectory
 
-TRAIN = str(ROOT / "jobs" / "train_value.py")
+TRAIN, EVALUATE, PIPELINE = (str(ROOT / "jobs" / f"{name}.py") for name in ("train_value", "evaluate", "pipeline"))
 
 
 @pytest.fixture
@@ -124,8 +124,8 @@ def test_a_submitted_job_trains(config_file):
     assert "exit code 2" in unknown.stdout + unknown.stderr
 
 
-def refused(*words: str) -> str:
-    found = python(TRAIN, *words)
+def refused(*words: str, script: str = TRAIN) -> str:
+    found = python(script, *words)
     assert found.returncode == 2
     assert "Traceback" not in found.stderr
     return message(found.stderr) or found.stderr
@@ -138,6 +138,8 @@ def test_what_is_not_ready_is_said(config_file, tmp_path):
     text = refused("--config", str(config_file))
     assert "the rollouts are not finished" in text
     assert f"vas rollout {tmp_path / 'runs' / 'tiny'}" in text
+    text = refused("--config", str(config_file), script=EVALUATE)
+    assert f"vas train {tmp_path / 'runs' / 'tiny'}" in text
 
 
 def test_a_run_is_found_by_its_directory(config_file, tmp_path):
@@ -146,11 +148,15 @@ def test_a_run_is_found_by_its_directory(config_file, tmp_path):
     assert place in refused("--config", str(config_file), "--run", place)
     run = RunDirectory.open(place)
     assert (run.config.name, run.config.runs_dir) == ("mine", str(tmp_path / "elsewhere"))
-    for stage in ("prompts", "rollouts", "train"):
+    stages = ["rollouts", "train", "evaluate"]
+    for stage in stages:
         with run.stage(stage):
             pass
     found = python(TRAIN, "--run", place)
     assert (found.returncode, found.stderr.split()) == (0, ["train", "done", "already"])
+    found = python(PIPELINE, "--run", place)
+    assert found.returncode == 0
+    assert [line.split()[0] for line in found.stderr.splitlines()] == ["prompts", *stages]
 
 
 def test_an_interruption_is_no_error(tmp_path):

@@ -25,12 +25,12 @@ from vas.rollouts.stored import read_rollouts
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3
 BOTH = (signal.SIGINT, signal.SIGKILL)
-# every kind of stop in every stage where chance strikes often, else one in each
-STOPS = {
-    "rollouts": BOTH if len(SEEDS) > 1 else (signal.SIGINT,),
-    "train": BOTH if len(SEEDS) > 1 else (signal.SIGKILL,),
-    "evaluate": BOTH if len(SEEDS) > 1 else (signal.SIGINT,),
-}
+# every kind of stop in every stage where chance strikes often, else one of each kind
+STOPS: dict[str, tuple[signal.Signals, ...]] = (
+    {"rollouts": BOTH, "train": BOTH, "evaluate": BOTH}
+    if len(SEEDS) > 1
+    else {"train": (signal.SIGKILL,), "evaluate": (signal.SIGINT,)}
+)
 # When the raylet died a hard death, its agents go on trying to tell the head of it for a minute.
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 

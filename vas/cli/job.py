@@ -1,4 +1,4 @@
-"""What the scripts in jobs/ share: one stage of a run, as a job of a Ray cluster."""
+"""What the scripts in jobs/ share: one stage of a run, or all, as a job of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vas.run.directory import RunDirectory
 
 
 def run_job(stage: str, about: str, source: bool = False) -> None:
-    """Parse the command line and run a stage of the run that it names; `about` is what --help says.
+    """Parse the command line and run a stage, or "all", of the run that it names; `about` is what --help says.
 
     source: the stage takes another run's rows; --from names that run.
     Exits as `vas` does: 0 when done, 2 for what the user can mend, 130 when stopped.
@@ -30,9 +30,10 @@ def run_job(stage: str, about: str, source: bool = False) -> None:
         parser.error("give --config, --run or both")
     with program():
         run = _open(asked.config, asked.run, asked.set)
-        from vas.run.stages import STAGES  # slow to import, so after what may fail at once
+        from vas.run.stages import STAGES, run_all  # slow to import, so after what may fail at once
 
-        STAGES[stage](run, *([asked.source] if source else ()))
+        work = run_all if stage == "all" else STAGES[stage]
+        work(run, *([asked.source] if source else ()))
 
 
 def _open(config: str | None, location: str | None, overrides: list[str]) -> RunDirectory:
