@@ -24,17 +24,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx2 as httpx
-import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
 from benchmarks.rows import Row, show, write
 from benchmarks.setting import CANDIDATES, MODEL, STRENGTH, Setting
+from vas.config import Resources
 from vas.decoding.engine import Engine
 from vas.decoding.loop import Loop
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.models.base import set_threads
+from vas.run.cluster import ray_cluster
 from vas.serving.app import build
 
 STREAMS, REQUESTS, PORT = 16, 64, 8799
@@ -137,17 +138,16 @@ def served(setting: Setting, guided: bool) -> Measured:
 @contextmanager
 def endpoint(folder: str, placement: str) -> Any:
     """The application with its value model placed so, on a Ray of its own."""
-    ray.init("local", num_cpus=8, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False)
-    try:
+    with ray_cluster(Resources(num_cpus=8, object_store_memory=300 * 2**20)):  # as `vas serve` begins it
         serve.start(http_options=HTTPOptions(host="127.0.0.1", port=PORT))
         value = {"path": folder, "placement": placement, "replicas": {"cpus": 1}}
         keys = {"base": {"model": MODEL}, "name": "bench", "value_models": [value], "max_sequences": STREAMS}
         keys["replicas"] = {"cpus": THREADS if placement == "colocated" else 1}
-        serve.run(build(keys), name="bench", route_prefix="/")
-        yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+        try:
+            serve.run(build(keys), name="bench", route_prefix="/")
+            yield
+        finally:
+            serve.shutdown()
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from tools import wait_until
 
 SECONDS = float(os.environ.get("VAS_LOAD_SECONDS", "8"))
 CLIENTS = int(os.environ.get("VAS_LOAD_CLIENTS", "24"))
-LONG = SECONDS >= 60
+LONG = SECONDS >= 300
 LONGEST = 48
 PARTS = ("Gateway", "BaseModel", "ValueModel-other")
 
@@ -125,10 +125,13 @@ def test_many_clients_at_once():
         assert state["kv_bytes"] <= held
         for part in PARTS:
             assert after[part] < 1.1 * before[part] + 30, (before, after)
-    done = sum((warm + seen).values())
-    wait_until(lambda: sum(counted().values()) >= done * 0.999, 60, "all of it is counted", 2)
+    answered = warm + seen
+    left = answered.pop("left")  # some before the gateway heard of them, some after it had answered
+    wait_until(lambda: all(counted()[status] >= answered[status] for status in answered), 90, "all answers counted", 2)
     total = counted()
-    assert total["200"] >= warm["200"] + seen["200"]
-    for status in ("400", "404", "503"):
-        assert total[status] == warm[status] + seen[status], (status, total, warm, seen)
-    assert not set(total) - {"200", "400", "404", "429", "503", "499"}
+    print(f"answers: {dict(answered)}, left: {left}; counted: {dict(total)}")
+    assert set(total) <= {"200", "400", "404", "429", "503", "499"}
+    for status in ("400", "404"):
+        assert total[status] == answered[status]
+    assert sum(total.values()) <= sum(answered.values()) + left
+    assert total["499"] > 0

@@ -132,7 +132,7 @@ class Serving(Section):
     """Tokens that the KV cache of a replica's base model may hold, and that of each value model."""
     sends_per_second: float | None = Field(None, gt=0)
     """Chunks a second that a replica of the base model sends to the gateway, all streams together; under load
-    tokens share a chunk. Default 10 for each of its CPUs, for sending takes time from decoding there; on a GPU there
+    tokens share a chunk. Default 5 for each of its CPUs, for sending takes time from decoding there; on a GPU there
     is no limit."""
     drain_seconds: float = Field(600.0, gt=0)
     """How long a replica that is to stop finishes what it has begun."""
@@ -142,7 +142,7 @@ class Serving(Section):
     @property
     def sends(self) -> float:
         """Chunks a second, filled in."""
-        return self.sends_per_second or (math.inf if self.replicas.gpus else 10 * max(1.0, self.replicas.cpus))
+        return self.sends_per_second or (math.inf if self.replicas.gpus else 5 * max(1.0, self.replicas.cpus))
 
     @property
     def concurrency(self) -> int:
