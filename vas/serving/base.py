@@ -41,7 +41,7 @@ class BaseReplica:
         self._settled, self._handles = settled, handles
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(self._replica)
-        self._open, self._sends = 0, settled.serving.sends
+        self._open, self._choices, self._sends = 0, 0, settled.serving.sends  # streams, choices under way
         self._base = load_base(settled.base, "cuda" if settled.serving.replicas.gpus else "cpu")
         self._local: dict[str, InProcess] = {}
         self._filled: list[_Mailbox] = []
@@ -88,7 +88,7 @@ class BaseReplica:
 
         streamed: somebody reads along. Leaving it early drops the requests before the next step.
         """
-        if self._loop.engine.waiting + len(requests) > max(self._settled.serving.max_waiting, len(requests)):
+        if self._choices and self._choices + len(requests) > self._settled.serving.concurrency:
             yield [Event(0, error=(503, OVERLOADED, "too many requests are waiting"))]
             return
         mailbox = _Mailbox(asyncio.get_running_loop(), self._filled)
@@ -96,7 +96,7 @@ class BaseReplica:
         for choice, request in enumerate(requests):
             left[choice] = request.request_id
             mailbox.submit(self._loop, choice, request)
-        self._open += 1
+        self._open, self._choices = self._open + 1, self._choices + len(left)
         sent = 0.0
         try:
             while left:
@@ -107,11 +107,12 @@ class BaseReplica:
                 sent = time.monotonic()
                 events = mailbox.take()
                 for event in events:
-                    if event.error is not None or (event.token is not None and event.token.finish_reason):
-                        left.pop(event.choice, None)
+                    ended = event.error is not None or (event.token is not None and event.token.finish_reason)
+                    if ended and left.pop(event.choice, None) is not None:
+                        self._choices -= 1
                 yield events
         finally:
-            self._open -= 1
+            self._open, self._choices = self._open - 1, self._choices - len(left)
             for request_id in left.values():
                 self._loop.abort(request_id)
 
