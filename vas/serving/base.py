@@ -41,7 +41,9 @@ class BaseReplica:
         self._settled, self._handles = settled, handles
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(self._replica)
-        self._open, self._choices, self._sends = 0, 0, settled.serving.sends  # streams, choices under way
+        self._streams: dict[_Mailbox, dict[int, str]] = {}
+        """Streams, each with the choices that are under way and their request ids."""
+        self._sends = settled.serving.sends
         self._base = load_base(settled.base, "cuda" if settled.serving.replicas.gpus else "cpu")
         self._local: dict[str, InProcess] = {}
         self._filled: list[_Mailbox] = []
@@ -88,31 +90,30 @@ class BaseReplica:
 
         streamed: somebody reads along. Leaving it early drops the requests before the next step.
         """
-        if self._choices and self._choices + len(requests) > self._settled.serving.concurrency:
+        choices = sum(map(len, self._streams.values()))
+        if choices and choices + len(requests) > self._settled.serving.concurrency:
             yield [Event(0, error=(503, OVERLOADED, "too many requests are waiting"))]
             return
         mailbox = _Mailbox(asyncio.get_running_loop(), self._filled)
-        left = {}
+        left = self._streams[mailbox] = {}
         for choice, request in enumerate(requests):
             left[choice] = request.request_id
             mailbox.submit(self._loop, choice, request)
-        self._open, self._choices = self._open + 1, self._choices + len(left)
         sent = 0.0
         try:
             while left:
                 await mailbox.wait()
-                share = self._open / self._sends if streamed else 1.0
+                share = len(self._streams) / self._sends if streamed else 1.0
                 if sent and (early := sent + share - time.monotonic()) > 0 and not mailbox.finished:
                     await mailbox.wait_finished(early)
                 sent = time.monotonic()
                 events = mailbox.take()
                 for event in events:
-                    ended = event.error is not None or (event.token is not None and event.token.finish_reason)
-                    if ended and left.pop(event.choice, None) is not None:
-                        self._choices -= 1
+                    if event.last:
+                        left.pop(event.choice, None)
                 yield events
         finally:
-            self._open, self._choices = self._open - 1, self._choices - len(left)
+            del self._streams[mailbox]
             for request_id in left.values():
                 self._loop.abort(request_id)
 
@@ -130,7 +131,7 @@ class BaseReplica:
             self._loop.call(
                 lambda _: {
                     "replica": self._replica,
-                    "streams": self._open,
+                    "streams": len(self._streams),
                     "running": engine.running,
                     "waiting": engine.waiting,
                     "kv_bytes": engine.kv_bytes,
@@ -213,7 +214,7 @@ class _Mailbox:
     def post(self) -> None:
         """Hand over what the step has brought."""
         step, self._step = self._step, []
-        ends = any(event.token is None or event.token.finish_reason for event in step)
+        ends = any(event.last for event in step)
         with self._lock:
             wake = not self._events
             self._events += step

@@ -69,6 +69,11 @@ class Event:
     error: tuple[int, str, str] | None = None
     """HTTP status, kind and text of what it failed of; the status ENGINE_DIED stays inside."""
 
+    @property
+    def last(self) -> bool:
+        """Whether nothing comes of the choice after this."""
+        return self.token is None or self.token.finish_reason is not None
+
 
 @dataclass(slots=True)
 class Objective:
