@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-on-s3 test lint format bench chaos-rollouts chaos-serving load-serving lock clean
+.PHONY: help demo demo-on-s3 test lint format bench chaos-rollouts chaos-serving load-serving test-cluster lock clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -48,6 +48,10 @@ chaos-serving: $(VENV)/installed  ## Kill replicas under open streams, twenty ti
 
 load-serving: $(VENV)/installed  ## 200 clients for ten minutes, some of them ill-behaved
 	VAS_LOAD_SECONDS=600 VAS_LOAD_CLIENTS=200 $(BIN)/python -m pytest -s tests/cluster/test_serving_load.py
+
+test-cluster: $(VENV)/installed  ## Jobs, endpoints and machines that come and go, on clusters that our files start
+	VAS_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/test_kuberay.py tests/test_cluster_files.py tests/test_placement.py \
+		tests/cluster/test_jobs.py tests/cluster/test_house.py
 
 # a benchmark has the machine to itself: a short spin saves waking a thread for every operation; not an endpoint, whose
 # processes share it

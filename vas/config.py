@@ -240,18 +240,27 @@ class Resources(Section):
     """Torch threads of a sampler actor."""
     gpus_per_actor: float = Field(0, ge=0)
     """GPUs of a sampler actor; a fraction shares one."""
+    actors_on: Name | None = None
+    """Machines for sampler actors: those that have this custom resource, as `ray start --resources
+    '{"sampling": 1}'` gives it. Default any."""
     kv_tokens: int | None = Field(None, gt=0)
     """Tokens that each model's KV cache may hold in a sampler actor; what outgrows it waits. Default no limit."""
     reward_actors: int = Field(1, gt=0)
     """Actors that score rollouts."""
+    cpus_per_reward_actor: float = Field(0, ge=0)
+    """CPUs kept for each; by default they run beside the sampler actors, where scoring is light."""
     gpus_per_reward_actor: float = Field(0, ge=0)
     """GPUs of a reward actor, for `hf:` rewards."""
+    reward_actors_on: Name | None = None
+    """Machines for reward actors, by their custom resource. Default any."""
     workers: int = Field(1, gt=0)
     """Training workers."""
     cpus_per_worker: int | None = Field(None, gt=0)
     """Torch threads of a training worker; default the machine's cores shared out."""
     gpus_per_worker: float = Field(0, ge=0)
     """GPUs of a training worker."""
+    workers_on: Name | None = None
+    """Machines for training workers, by their custom resource. Default any."""
 
 
 class RunConfig(Section):

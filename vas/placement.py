@@ -1,49 +1,153 @@
-"""How many processes and threads fit on the cluster; asks Ray, and refuses what could only hang."""
+"""Which processes a stage keeps, and how many the cluster has room for; what could only hang is refused."""
 
 from __future__ import annotations
 
-import ray
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from vas import growth
 from vas.config import Resources
 from vas.errors import VasError
+from vas.growth import Amounts
+
+SHARE = 0.001  # of a machine's mark, for each process that is to run on such machines
+LIGHT: Amounts = {"CPU": 1.0}  # for what reads, cuts and writes beside the models
 
 
-def model_cpus() -> int:
-    """CPUs for the models: all that the cluster has but one, which reads, scores and writes."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+@dataclass(frozen=True)
+class Group:
+    """Processes of one kind that run at once."""
+
+    what: str
+    """Their name in errors."""
+    keys: str
+    """The config's keys that say how many there are, and what each takes."""
+    count: int
+    each: Amounts
+
+
+def amounts(cpus: float, gpus: float, mark: str | None) -> Amounts:
+    """What a process takes. mark: the custom resource of the machines it is to run on."""
+    asked = {"CPU": float(cpus), "GPU": float(gpus)} | ({mark: SHARE} if mark else {})
+    return {name: amount for name, amount in asked.items() if amount}
+
+
+def options(each: Amounts) -> dict[str, Any]:
+    """The same as options of a Ray task or actor."""
+    marks = {name: amount for name, amount in each.items() if name not in LIGHT | {"GPU": 0}}
+    return {"num_cpus": each.get("CPU", 0), "num_gpus": each.get("GPU", 0), "resources": marks}
+
+
+def sampler(resources: Resources) -> Amounts:
+    """What a sampler actor takes."""
+    return amounts(resources.cpus_per_actor, resources.gpus_per_actor, resources.actors_on)
+
+
+def reward_actor(resources: Resources) -> Amounts:
+    """What an actor that scores takes."""
+    return amounts(resources.cpus_per_reward_actor, resources.gpus_per_reward_actor, resources.reward_actors_on)
+
+
+def worker(resources: Resources) -> Amounts:
+    """What a training worker takes; its CPUs are its torch threads, by default as many as the machines have for it."""
+    if resources.cpus_per_worker:
+        return amounts(resources.cpus_per_worker, resources.gpus_per_worker, resources.workers_on)
+    most = int(max((machine.get("CPU", 0) for machine in growth.machines()), default=1))
+    kinds = [amounts(cpus, resources.gpus_per_worker, resources.workers_on) for cpus in range(max(1, most), 0, -1)]
+    return next((each for each in kinds if room(each, [LIGHT]) >= resources.workers), kinds[-1])
 
 
 def sampler_pool(resources: Resources, batches: int) -> tuple[int, int]:
-    """The least and the most sampler actors for so many batches. Raises VasError as `sampler_actors` does."""
-    smallest = min(sampler_actors(resources), batches)
+    """The least and the most sampler actors for so many batches: as asked for, else as many as there is room for."""
+    beside = [LIGHT] + [reward_actor(resources)] * resources.reward_actors
+    smallest = min(resources.actors or max(1, room(sampler(resources), beside)), batches)
     return smallest, max(smallest, min(resources.max_actors or 0, batches))
 
 
-def sampler_actors(resources: Resources) -> int:
-    """Sampler actors: as asked for, else as many as there is room for beside the reward actors.
+def room(each: Amounts, beside: Sequence[Amounts] = ()) -> int:
+    """Processes of this kind that the machines there are now can hold, with those of `beside` running too."""
+    free = growth.machines()
+    for other in beside:
+        _place(other, free, least=lambda machine, other=other: _fit(each, machine) - _fit(each, _less(machine, other)))
+    return int(sum(_fit(each, machine) for machine in free))
 
-    Raises VasError if they don't fit.
+
+def stage_groups(stage: str, resources: Resources) -> list[Group]:
+    """What a stage of a run keeps running at once."""
+    if stage.startswith("train"):
+        keys = "resources.workers, cpus_per_worker, gpus_per_worker, workers_on"
+        return [Group("training workers", keys, resources.workers, worker(resources))]
+    samplers = "resources.actors, cpus_per_actor, gpus_per_actor, actors_on"
+    scoring = "resources.reward_actors, cpus_per_reward_actor, gpus_per_reward_actor, reward_actors_on"
+    return [
+        Group("sampler actors", samplers, resources.actors or 1, sampler(resources)),
+        Group("reward actors", scoring, resources.reward_actors, reward_actor(resources)),
+    ]
+
+
+def require(groups: Sequence[Group], spare: Amounts = LIGHT) -> None:
+    """Raise VasError unless the cluster can hold these groups at once, and `spare` beside them.
+
+    A cluster that grows counts as large as it can get, where that is known; where not, its autoscaler is asked,
+    which takes it some seconds.
     """
-    room = model_cpus() // resources.cpus_per_actor
-    if resources.gpus_per_actor:
-        gpus = ray.cluster_resources().get("GPU", 0) - resources.reward_actors * resources.gpus_per_reward_actor
-        room = min(room, int(gpus // resources.gpus_per_actor))
-    actors = resources.actors or max(1, room)
-    _refuse_if_larger(actors, resources.cpus_per_actor, "resources.actors x resources.cpus_per_actor")
-    return actors
-
-
-def worker_threads(resources: Resources) -> int:
-    """CPUs, and so torch threads, of a training worker. Raises VasError if the workers don't fit."""
-    threads = resources.cpus_per_worker or max(1, model_cpus() // resources.workers)
-    _refuse_if_larger(resources.workers, threads, "resources.workers x resources.cpus_per_worker")
-    return threads
-
-
-def _refuse_if_larger(processes: int, cpus: int, where: str) -> None:
-    if processes * cpus > model_cpus():
+    largest = growth.largest()
+    free = [dict(machine) for machine in largest or growth.machines()]
+    _place(spare, free, least=_rarest)
+    for group in groups:
+        placed = sum(_place(group.each, free, least=_rarest) for _ in range(group.count))
+        if placed == group.count:
+            continue
+        if not largest and growth.feasible([one.each for one in groups for _ in range(one.count)]):
+            return
         raise VasError(
-            f"{processes} x {cpus} CPUs are asked for, but the cluster has {model_cpus()} for models",
-            where,
-            "lower them, or join a larger cluster with resources.address (one CPU is kept for light work)",
+            f"the cluster can never hold {group.count} {group.what} ({_words(group.each)} each): "
+            f"there is room for {placed or 'none'}",
+            group.keys,
+            f"ask for less, or join a larger cluster; this one has {_inventory(largest or growth.machines())}"
+            + (f", of which {_words(spare)} is kept for light work" if spare else ""),
         )
+
+
+def _place(each: Amounts, free: list[Amounts], least: Any) -> bool:
+    """Take a process from what is free, on the machine where `least` is lowest; whether there was one."""
+    able = [machine for machine in free if _fit(each, machine) >= 1]
+    if able:
+        machine = min(able, key=least)
+        machine |= _less(machine, each)
+    return bool(able)
+
+
+def _rarest(machine: Amounts) -> tuple[float, float]:
+    """Machines without GPUs first, and the fullest of them."""
+    return machine.get("GPU", 0.0), machine.get("CPU", 0.0)
+
+
+def _fit(each: Amounts, machine: Amounts) -> float:
+    """Processes that fit on a machine; infinitely many of those that take nothing."""
+    counts = [machine.get(name, 0.0) / amount + 1e-6 for name, amount in each.items()]
+    return float(int(min(counts))) if counts else float("inf")
+
+
+def _less(machine: Amounts, each: Amounts) -> Amounts:
+    return machine | {name: machine.get(name, 0.0) - amount for name, amount in each.items()}
+
+
+def _words(each: Amounts) -> str:
+    """`2 CPU, 1 GPU, on a machine marked sampling`."""
+    marks = [f"on a machine marked '{name}'" for name in each if name not in ("CPU", "GPU")]
+    return ", ".join([f"{each[name]:g} {name}" for name in ("CPU", "GPU") if name in each] + marks) or "no CPU"
+
+
+def _inventory(machines: Sequence[Amounts]) -> str:
+    """`2 × (8 CPU, 1 GPU, sampling), 1 × (4 CPU)`."""
+    kinds = Counter(_kind(machine) for machine in machines)
+    return ", ".join(f"{count} x ({kind})" for kind, count in kinds.items())
+
+
+def _kind(machine: Amounts) -> str:
+    """`8 CPU, 1 GPU, sampling`."""
+    counted = [f"{machine[name]:g} {name}" for name in ("CPU", "GPU") if machine.get(name)]
+    return ", ".join(counted + growth.marks(machine)) or "no CPU"

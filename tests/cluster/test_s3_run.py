@@ -16,7 +16,7 @@ import yaml
 from command import ROOT, message, vas
 from s3_proxy import KILLS, KINDS, s3_proxy
 from s3_server import S3Server, s3_server
-from tools import SEEDS
+from tools import SEEDS, on_s3
 
 from vas import storage
 from vas.config import RunConfig, parse_config
@@ -55,16 +55,6 @@ def finished(config: RunConfig) -> RunDirectory:
     run = RunDirectory.create(config)
     run_all(run)
     return run
-
-
-def elsewhere(content: dict[str, Any], place: str) -> dict[str, Any]:
-    """The same config with its prompts and its run directory on S3."""
-    prompts = content["prompts"]
-    if not prompts["source"].startswith("bundled:"):
-        source = f"{place}/prompts.jsonl"
-        storage.write_bytes(source, Path(prompts["source"]).read_bytes())
-        prompts = prompts | {"source": source}
-    return content | {"runs_dir": f"{place}/runs", "prompts": prompts}
 
 
 def files_of(run: RunDirectory) -> set[str]:
@@ -109,7 +99,7 @@ def assert_on_s3(run: RunDirectory, expected: RunDirectory) -> None:
 @pytest.mark.skipif(not (DEMO or len(SEEDS) > 1), reason="under faults it is the same, and more")
 @pytest.mark.timeout(7200)
 def test_a_run_on_s3_is_the_run_on_disk(content, on_disk):
-    run = finished(parse_config(elsewhere(content, "s3://test/whole"), "this test"))
+    run = finished(parse_config(on_s3(content, "s3://test/whole"), "this test"))
     assert_on_s3(run, on_disk)
 
 
@@ -132,7 +122,7 @@ if len(SEEDS) == 1:  # one of each
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_whose_store_fails_and_whose_processes_die_is_the_same_run(server, content, on_disk, tmp_path, seed):
-    content = elsewhere(content, f"s3://test/faults-{seed}")
+    content = on_s3(content, f"s3://test/faults-{seed}")
     file = tmp_path / "faults.yaml"
     file.write_text(yaml.safe_dump(content))
     with s3_proxy(server, rate=0.08, seed=seed, stall_s=0.5) as proxy:

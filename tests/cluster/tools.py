@@ -60,3 +60,13 @@ def checkpoints(train: str | Path) -> dict[str, int]:
     except json.JSONDecodeError:  # it is being written
         return {}
     return {result["checkpoint_dir_name"]: result["metrics"]["epoch"] for result in results}
+
+
+def on_s3(content: dict[str, Any], place: str) -> dict[str, Any]:
+    """The same config with its prompts and its run directory on S3."""
+    prompts = content["prompts"]
+    if not prompts["source"].startswith("bundled:"):
+        source = f"{place}/prompts.jsonl"
+        storage.write_bytes(source, Path(prompts["source"]).read_bytes())
+        prompts = prompts | {"source": source}
+    return content | {"runs_dir": f"{place}/runs", "prompts": prompts}

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -148,6 +148,56 @@ def serve(
     from vas.cli.serve import serve_forever
 
     serve_forever(target, set_ or [], host, port)
+
+
+@app.command(
+    epilog="Example: `vas submit configs/demo.yaml --run s3://bucket/runs/demo --address http://HEAD:8265`; "
+    "again, it goes on where it stopped. `vas submit --attach JOB` follows a job that runs."
+)
+def submit(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A config file in this directory, which the cluster is sent.")
+    ] = None,
+    set_: Overrides = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="DIR", help="Where the run lies, in place of the config's own.")
+    ] = None,
+    stage: Annotated[
+        Literal["rollouts", "train", "evaluate", "all"], typer.Option(help="What of it the job does.")
+    ] = "all",
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS.")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--env", metavar="NAME[=VALUE]", help="Given to the job, and shown by the dashboard; default this shell's."
+        ),
+    ] = None,
+    attach: Annotated[str | None, typer.Option(metavar="JOB", help="Follow this job; nothing is submitted.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow it.")] = False,
+) -> None:
+    """Run a config on a Ray cluster, as a job that goes on whatever becomes of this terminal."""
+    from vas.cli import submit as jobs
+
+    if (config is None) == (attach is None):
+        raise VasError("give a config to submit, or --attach and a job")
+    if attach is not None:
+        client, job = jobs.connect(address), attach
+    else:
+        assert config is not None
+        load_config(config, set_ or ())  # a slip shows here, not in a log
+        client, job = jobs.submit(config, stage, run, set_ or [], env or [], address)
+    again = f"vas submit --attach {job}" + (f" --address {address}" if address else "")
+    console.print(f"Job [bold]{job}[/bold]; follow it with: {again}", highlight=False, soft_wrap=True)
+    if detach:
+        return
+    try:
+        code = jobs.follow(client, job)
+    except KeyboardInterrupt:
+        console.print(f"\nThe job goes on. `{again}` follows it, `ray job stop {job}` stops it.", highlight=False)
+        raise typer.Exit(0) from None
+    raise typer.Exit(code)
 
 
 @app.command("key", epilog="Example: `vas key alice >> keys.yaml`, and `--set gate.keys=keys.yaml`")

@@ -14,9 +14,10 @@ from ray.serve.config import HTTPOptions
 from vas.config import Resources
 from vas.configfile import override, read_config
 from vas.errors import VasError
+from vas.placement import require
 from vas.progress import console
 from vas.run.cluster import ray_cluster
-from vas.serving.app import application
+from vas.serving.app import application, groups
 from vas.serving.config import Serving, Settled, parse_serving, settle
 
 NAME = "vas"
@@ -25,23 +26,16 @@ NAME = "vas"
 def serve_forever(target: str, overrides: list[str], host: str, port: int) -> None:
     """Serve a run, or what a YAML file says, until the process is stopped.
 
-    Raises VasError for a run or a key that is wrong, and for models that do not start.
+    Raises VasError for a run or a key that is wrong, for a cluster that is too small, and for models that do not start.
     """
     serving = parse_serving(_content(target, overrides), target)
     local = "RAY_ADDRESS" not in os.environ
     if local and "cpus" not in serving.replicas.model_fields_set:
         serving.replicas.cpus = os.cpu_count() or 1  # the machine is the base model's; the rest is light
     settled = settle(serving)
-    app = application(settled)
     with ray_cluster(Resources(), spare_cpus=_spare(serving, settled)):
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options=HTTPOptions(host=host, port=port))
-        with console.status("loading the models"):
-            try:
-                serve.run(app, name=NAME, route_prefix="/")
-            except RuntimeError:
-                raise VasError(f"the models did not start: {_reason()}", target, "mend it, and try again") from None
-        _greet(settled, host, port)
+        _start(settled, target, host, port)
+        console.print("Ctrl-C stops it.")
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
@@ -50,6 +44,30 @@ def serve_forever(target: str, overrides: list[str], host: str, port: int) -> No
         serve.delete(NAME)
         if local:
             serve.shutdown()
+
+
+def deploy(target: str, overrides: list[str], host: str, port: int) -> None:
+    """Serve it on the cluster that RAY_ADDRESS names, in place of what is served there, and leave it running.
+
+    Raises VasError as `serve_forever` does.
+    """
+    settled = settle(parse_serving(_content(target, overrides), target))
+    with ray_cluster(Resources(address=os.environ.get("RAY_ADDRESS", "auto"))):
+        _start(settled, target, host, port)
+
+
+def _start(settled: Settled, target: str, host: str, port: int) -> None:
+    app = application(settled)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if NAME not in serve.status().applications:  # else what is served makes room, replica by replica
+        require(groups(settled), spare={})
+    serve.start(http_options=HTTPOptions(host=host, port=port))
+    with console.status("loading the models"):
+        try:
+            serve.run(app, name=NAME, route_prefix="/")
+        except RuntimeError:
+            raise VasError(f"the models did not start: {_reason()}", target, "mend it, and try again") from None
+    _greet(settled, host, port)
 
 
 def _content(target: str, overrides: list[str]) -> dict[str, Any]:
@@ -96,7 +114,7 @@ def _greet(settled: Settled, host: str, port: int) -> None:
         f"[bold]{settled.name}[/bold] with value models {', '.join(names) or 'none'} at [bold]{url}/v1[/bold]\n"
         f"Try it: curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
         f'\'{{"model": "{settled.name}", "messages": [{{"role": "user", "content": "How was your day?"}}]}}\'\n'
-        f"In a browser: {url}; the API: {url}/docs. Ctrl-C stops it.",
+        f"In a browser: {url}; the API: {url}/docs.",
         highlight=False,
         soft_wrap=True,
     )

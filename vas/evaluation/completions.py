@@ -13,6 +13,7 @@ from vas.evaluation.methods import ByPrompt
 from vas.evaluation.states import state_values
 from vas.evaluation.trust import Trust, card_section, judge, to_json
 from vas.models.value import ValueModelConfig
+from vas.placement import options, sampler
 from vas.rollouts.pipeline import sample
 from vas.rollouts.plan import Plan
 from vas.rollouts.stored import by_prompt, read_rollouts
@@ -42,7 +43,7 @@ def measure(config: RunConfig, prompts: list[Prompt], base: ByPrompt, value: str
         logger.warning("no half-finished response could be completed twice: see the `error` column of %s", completions)
         return []
     finished = [row for name in halves for row in base[name] if row["finish_reason"] == "stop"]
-    task = ray.remote(num_cpus=config.resources.cpus_per_actor, num_gpus=config.resources.gpus_per_actor)(state_values)
+    task = ray.remote(**options(sampler(config.resources)))(state_values)
     states = [(*base[name][0]["prompt_token_ids"], *halves[name]) for name in kept]
     final = [(*row["prompt_token_ids"], *row["response_token_ids"]) for row in finished]
     values = ray.get(task.remote(config, value, states, final))

@@ -60,8 +60,10 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def set_threads(threads: int) -> None:
-    """Give torch as many threads as Ray gave CPUs; more would fight over them."""
+    """Give torch as many threads as Ray gave CPUs; more would fight over them. To be called before a model is run."""
     torch.set_num_threads(max(1, threads))
+    # oneDNN keeps code for each shape of a product that it has met, by default for 1,024 of them: 700 MB of a replica
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def load_base(spec: config.Base, device: str | None = None) -> BaseModel:

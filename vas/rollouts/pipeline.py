@@ -13,7 +13,7 @@ from ray import exceptions
 from vas import storage
 from vas.config import RunConfig
 from vas.errors import VasError, causes
-from vas.placement import sampler_pool
+from vas.placement import options, reward_actor, sampler, sampler_pool
 from vas.progress import Tracker
 from vas.rollouts.counts import Summary
 from vas.rollouts.operators import Finisher, StoredResponses
@@ -110,9 +110,8 @@ def _sampled(
         ),
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=config.resources.cpus_per_actor,
-        num_gpus=config.resources.gpus_per_actor,
         max_task_retries=RETRIES,
+        **options(sampler(config.resources)),
     )
 
 
@@ -133,9 +132,8 @@ def _commit_all(
         compute=ray.data.ActorPoolStrategy(size=resources.reward_actors),
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=0,  # the CPU that is kept for light work is what Ray Data's own cutting of blocks asks for
-        num_gpus=resources.gpus_per_reward_actor,
         max_task_retries=RETRIES,
+        **options(reward_actor(resources)),
     )
     earlier = summary.seconds
     with tracker:

@@ -49,10 +49,11 @@ def ray_cluster(resources: Resources, spare_cpus: int = 1) -> Iterator[None]:
         yield
         return
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same in training workers
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # what a job was given we have, and forward, too: no conflict
     address = resources.address or os.environ.get("RAY_ADDRESS")  # a submitted job finds its cluster there
     try:
         if address:
-            ray.init(address, runtime_env={"env_vars": environment}, logging_level=logging.WARNING)
+            ray.init(address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level=logging.WARNING)
         else:
             os.environ.update(LOCAL_ENVIRONMENT | environment)  # the workers inherit it, and need no runtime_env agent
             ray.init(

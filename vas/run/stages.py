@@ -200,6 +200,7 @@ STAGES: dict[str, Callable[..., None]] = {
 
 def run_all(run: RunDirectory) -> None:
     """Every stage in turn, on one cluster; finished ones are skipped."""
+    from vas.placement import require, stage_groups
     from vas.run.cluster import ray_cluster
 
     prepare(run)
@@ -208,6 +209,8 @@ def run_all(run: RunDirectory) -> None:
         if not finished:  # else nothing is written, and nobody need be kept from it
             stack.enter_context(run.held())
             stack.enter_context(ray_cluster(run.config.resources))
+            for name in STAGES:  # before hours of work for a run that cannot be finished
+                require(stage_groups(name, run.config.resources))
         for number in range(run.config.rounds):
             _rollout(run, number)
             _train(run, number)
@@ -230,12 +233,14 @@ def _value(run: RunDirectory, number: int) -> str:
 
 def _stage(run: RunDirectory, name: str, body: Callable[[dict], str], again: bool = False) -> None:
     """Run a stage unless it is done, on the run's cluster, and say how it went. again: run it even so."""
+    from vas.placement import require, stage_groups
     from vas.run.cluster import ray_cluster
 
     if run.done(name) and not again:
         console.print(f"{name:<12} done already", highlight=False)
         return
     with ray_cluster(run.config.resources), run.stage(name) as about:
+        require(stage_groups(name, run.config.resources))
         outcome = body(about)
     console.print(f"{name:<12} {outcome} ({about['seconds']:.0f} s)", highlight=False)
 

@@ -11,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from vas import storage
 from vas.digests import digest
+from vas.placement import Group, options
 from vas.serving.base import BaseReplica
 from vas.serving.config import Replicas, Settled, parse_serving, settle
 from vas.serving.gateway import Gateway
@@ -71,6 +72,19 @@ def application(settled: Settled) -> serve.Application:
     return gateway.bind(settled, digests, base)
 
 
+def groups(settled: Settled) -> list[Group]:
+    """What the endpoint keeps running when there is nothing to do."""
+    serving = settled.serving
+    asked = [
+        ("replicas of the gateway", "gateways", serving.gateways),
+        ("replicas of the base model", "replicas", serving.replicas),
+    ]
+    for spec in settled.value_models:
+        if spec.placement == "deployment":
+            asked.append((f"replicas of the value model {spec.name}", "value_models: replicas", spec.replicas))
+    return [Group(what, keys, replicas.min, replicas.each) for what, keys, replicas in asked]
+
+
 def checkpoint_digest(location: str) -> str:
     """Identity of a value model: of its config, and of its weights' files."""
     location = storage.absolute(location)
@@ -86,10 +100,10 @@ def _deployment(
     drain: float,
     ongoing: int,
     target: float,
-    **options: Any,
+    **settings: Any,
 ) -> serve.Deployment:
     if replicas.most > replicas.min:
-        options["autoscaling_config"] = AutoscalingConfig(
+        settings["autoscaling_config"] = AutoscalingConfig(
             min_replicas=replicas.min,
             max_replicas=replicas.most,
             target_ongoing_requests=target,
@@ -97,14 +111,14 @@ def _deployment(
             downscale_delay_s=replicas.downscale_delay,
         )
     else:
-        options["num_replicas"] = replicas.min
+        settings["num_replicas"] = replicas.min
     return serve.deployment(
         kind,
         name=name,
-        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        ray_actor_options=options(replicas.each),
         max_ongoing_requests=ongoing,
         graceful_shutdown_timeout_s=drain,
         graceful_shutdown_wait_loop_s=0.5,
         **HEALTH,
-        **options,
+        **settings,
     )

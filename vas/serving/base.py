@@ -27,8 +27,6 @@ from vas.serving.metrics import EngineMetrics
 from vas.serving.remote import Pending, RemoteScorer
 from vas.serving.texts import values_of
 
-LAST = 19  # niceness: requests and chunks are little work, and somebody waits for them
-
 
 class BaseReplica:
     """A replica: a thread that steps the engine, and a stream of events for each call.
@@ -50,8 +48,6 @@ class BaseReplica:
         self._loop = Loop(self._make, self._measure)
 
     def _make(self) -> Engine:
-        with contextlib.suppress(OSError):  # where threads have no priority of their own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)  # torch's threads inherit it from this one
         serving = self._settled.serving
         set_threads(int(serving.replicas.cpus))
         scorers = [self._scorer(spec) for spec in self._settled.value_models]

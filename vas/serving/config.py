@@ -11,6 +11,8 @@ from vas.choices import SCHEDULE
 from vas.config import Base, Strengths
 from vas.configfile import Name, Section, validated
 from vas.errors import VasError
+from vas.growth import Amounts
+from vas.placement import amounts
 from vas.run.directory import RunDirectory
 
 
@@ -23,10 +25,17 @@ class Replicas(Section):
     """CPUs, and so torch threads, of a replica."""
     gpus: float = Field(0, ge=0)
     """GPUs of a replica; may be a fraction."""
+    runs_on: Name | None = None
+    """Machines for them: those that have this custom resource. Default any."""
     upscale_delay: float = Field(10.0, ge=0)
     """Seconds of load before replicas are added."""
     downscale_delay: float = Field(120.0, ge=0)
     """Seconds of quiet before replicas are taken away."""
+
+    @property
+    def each(self) -> Amounts:
+        """What a replica takes."""
+        return amounts(self.cpus, self.gpus, self.runs_on)
 
     @property
     def most(self) -> int:

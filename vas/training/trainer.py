@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vas import storage
 from vas.config import RunConfig
 from vas.errors import VasError
-from vas.placement import worker_threads
+from vas.placement import worker
 from vas.progress import Tracker
 from vas.rewards import load_rewards
 from vas.training import history
@@ -42,8 +43,9 @@ def train(config: RunConfig, rollouts: list[str], train_storage: str, output: st
     tables = [storage.read_table([file], columns=["held_out", "error", "rewards", "round"]) for file in files]
     objectives = objective_statistics(config, pa.concat_tables(tables, promote_options="default"))
     resources = config.resources
-    threads = worker_threads(resources)
-    board = _Board.remote()  # type: ignore[attr-defined]  # Ray adds `remote` to the class it decorates
+    each = worker(resources)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # Ray's decorator adds it
     packed = pack_all(
         files, [len(table) for table in tables], list(config.rewards), storage.join(train_storage, "packed")
     )
@@ -54,7 +56,7 @@ def train(config: RunConfig, rollouts: list[str], train_storage: str, output: st
             "config": config,
             "objectives": objectives,
             "packed": packed,
-            "threads": threads,
+            "threads": int(each["CPU"]),
             "output": output,
             "tracked": storage.join(train_storage, "tensorboard"),
             "board": board,
@@ -62,7 +64,7 @@ def train(config: RunConfig, rollouts: list[str], train_storage: str, output: st
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=_resources_per_worker(config, threads),
+            resources_per_worker=each,
         ),
         run_config=ray.train.RunConfig(
             name="ray_train",
@@ -138,13 +140,6 @@ def objective_statistics(config: RunConfig, table: pa.Table) -> list[dict[str, A
             }
         )
     return found
-
-
-def _resources_per_worker(config: RunConfig, threads: int) -> dict[str, float]:
-    resources: dict[str, float] = {"CPU": threads}
-    if config.resources.gpus_per_worker:
-        resources["GPU"] = config.resources.gpus_per_worker
-    return resources
 
 
 @ray.remote(num_cpus=0)
