@@ -121,6 +121,7 @@ def ray_head(*more: str, port: int | None = None, **environment: str) -> Iterato
             first = head.start("head", *SMALL, f"--temp-dir={folder}", *(more or ["--num-cpus=3"]))
             wait_until(lambda: listens(dashboard) or first.poll() is not None, 120, "the dashboard listens", 0.2)
             assert first.poll() is None, head.output
+            wait_until(head.alive, 60, "the head is there", 0.2)
             yield head
         finally:
             head.stop()

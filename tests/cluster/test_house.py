@@ -40,6 +40,10 @@ GROWING = {
     "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
 }
+COMMANDS = (
+    *("initialization", "setup", "head_setup", "worker_setup"),
+    *("head_start_ray", "worker_start_ray"),
+)
 # long enough to be struck in each stage
 LASTING = (
     *("rollouts.batch_size=8", "rollouts.sampling.max_tokens=24"),
@@ -142,9 +146,10 @@ def autoscaling(folder: Path, port: int) -> Path:
         {
             "cluster_name": "here",
             "max_workers": 4,
-            "idle_timeout_minutes": 0.1,
+            "idle_timeout_minutes": 0.2,
             "provider": {
-                "type": "fake_multinode",
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
                 "launch_multiple": True,
                 "gcs_address": f"127.0.0.1:{port}",
                 "head_node_id": HEAD_ID,
@@ -155,13 +160,16 @@ def autoscaling(folder: Path, port: int) -> Path:
                 "scoring": kind | {"resources": {"CPU": 2, "scoring": 1} | small, "max_workers": 1},
             },
             "head_node_type": "ray.head.default",
+            "auth": {},
+            "cluster_synced_files": [],
+            **{f"{kind}_commands": [] for kind in COMMANDS},
         },
     )
 
 
 def test_machines_come_for_rollouts_and_go(make_config: ConfigMaker, tmp_path, server: S3Server):
     content = on_s3(make_config("grown", "rollouts.samples_per_prompt=8", prompts=80), "s3://test/grown")
-    placed = {"actors": 1, "max_actors": 2, "actors_on": "sampling", "reward_actors_on": "scoring"}
+    placed = {"actors": 2, "actors_on": "sampling", "reward_actors_on": "scoring"}
     written(tmp_path / "config.yaml", content | {"resources": placed})
     port = free_row(8)
     scaling = f"--autoscaling-config={autoscaling(tmp_path, port)}"
@@ -193,7 +201,7 @@ def test_machines_come_for_rollouts_and_go(make_config: ConfigMaker, tmp_path, s
             "resources.gpus_per_actor=1",
         )
         assert never.returncode == 2
-        assert "the cluster can never hold 1 sampler actors (1 CPU, 1 GPU" in never.stdout
+        assert "the cluster can never hold 2 sampler actors (1 CPU, 1 GPU" in never.stdout
         assert time.monotonic() - began < 30
 
 
