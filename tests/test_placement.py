@@ -81,6 +81,13 @@ def test_what_fits_passes(machines):
     require(stage_groups("rollouts", Resources(actors=2, cpus_per_actor=15, gpus_per_reward_actor=2)))
 
 
+def test_light_work_leaves_marked_machines_alone(machines):
+    machines({"CPU": 3.0}, {"CPU": 1.0, "work": 1.0}, {"CPU": 1.0, "work": 1.0})
+    require(stage_groups("rollouts", Resources(actors=2, actors_on="work")))
+    require(stage_groups("train", Resources(workers=2, workers_on="work")))
+    assert "there is room for 2" in refusal("rollouts", actors=3, actors_on="work")
+
+
 def test_a_cluster_counts_as_large_as_it_can_get(machines):
     machines({}, largest=({}, LARGE, LARGE))
     require(stage_groups("train", Resources(workers=4, gpus_per_worker=1, cpus_per_worker=4)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,12 +67,20 @@ def sampler_pool(resources: Resources, batches: int) -> tuple[int, int]:
     return smallest, max(smallest, min(resources.max_actors or 0, batches))
 
 
-def room(each: Amounts, beside: Sequence[Amounts] = ()) -> int:
-    """Processes of this kind that the machines there are now can hold, with those of `beside` running too."""
-    free = growth.machines()
+def room(each: Amounts, beside: Sequence[Amounts] = (), machines: Sequence[Amounts] | None = None) -> int:
+    """Processes of this kind that machines, by default those there are now, can hold while those of `beside` run too.
+
+    These are put where they cost the least room.
+    """
+    if not each:
+        return sys.maxsize
+    free = [dict(machine) for machine in (growth.machines() if machines is None else machines)]
     for other in beside:
-        _place(other, free, least=lambda machine, other=other: _fit(each, machine) - _fit(each, _less(machine, other)))
-    return int(sum(_fit(each, machine) for machine in free))
+        costs = [(_fit(each, m) - _fit(each, _less(m, other)), i) for i, m in enumerate(free) if _fit(other, m)]
+        if costs:
+            _, cheapest = min(costs)
+            free[cheapest] = _less(free[cheapest], other)
+    return sum(_fit(each, machine) for machine in free)
 
 
 def stage_groups(stage: str, resources: Resources) -> list[Group]:
@@ -94,41 +103,27 @@ def require(groups: Sequence[Group], spare: Amounts = LIGHT) -> None:
     which takes it some seconds.
     """
     largest = growth.largest()
-    free = [dict(machine) for machine in largest or growth.machines()]
-    _place(spare, free, least=_rarest)
+    machines = largest or growth.machines()
     for group in groups:
-        placed = sum(_place(group.each, free, least=_rarest) for _ in range(group.count))
-        if placed == group.count:
+        beside = [spare] if spare else []
+        beside += [one.each for one in groups if one is not group for _ in range(one.count)]
+        fit = room(group.each, beside, machines)
+        if fit >= group.count:
             continue
         if not largest and growth.feasible([one.each for one in groups for _ in range(one.count)]):
             return
         raise VasError(
             f"the cluster can never hold {group.count} {group.what} ({_words(group.each)} each): "
-            f"there is room for {placed or 'none'}",
+            f"there is room for {fit or 'none'}",
             group.keys,
-            f"ask for less, or join a larger cluster; this one has {_inventory(largest or growth.machines())}"
+            f"ask for less, or join a larger cluster; this one has {_inventory(machines)}"
             + (f", of which {_words(spare)} is kept for light work" if spare else ""),
         )
 
 
-def _place(each: Amounts, free: list[Amounts], least: Any) -> bool:
-    """Take a process from what is free, on the machine where `least` is lowest; whether there was one."""
-    able = [machine for machine in free if _fit(each, machine) >= 1]
-    if able:
-        machine = min(able, key=least)
-        machine |= _less(machine, each)
-    return bool(able)
-
-
-def _rarest(machine: Amounts) -> tuple[float, float]:
-    """Machines without GPUs first, and the fullest of them."""
-    return machine.get("GPU", 0.0), machine.get("CPU", 0.0)
-
-
-def _fit(each: Amounts, machine: Amounts) -> float:
-    """Processes that fit on a machine; infinitely many of those that take nothing."""
-    counts = [machine.get(name, 0.0) / amount + 1e-6 for name, amount in each.items()]
-    return float(int(min(counts))) if counts else float("inf")
+def _fit(each: Amounts, machine: Amounts) -> int:
+    """Processes that fit on a machine."""
+    return int(min((machine.get(name, 0.0) / amount + 1e-6 for name, amount in each.items()), default=sys.maxsize))
 
 
 def _less(machine: Amounts, each: Amounts) -> Amounts:

@@ -57,9 +57,9 @@ class Head:
 
     def add(self, role: str, *more: str) -> subprocess.Popen[bytes]:
         """Start another machine, as `ray start` options say, and wait until it has joined."""
-        there = len(self.alive())
+        there = set(self.alive())
         machine = self.start("worker", self.address, role, *SMALL, *more)
-        wait_until(lambda: len(self.alive()) > there, 60, f"the machine joins:\n{self.output}", 0.3)
+        wait_until(lambda: set(self.alive()) - there, 60, "the machine joins", 0.3)
         return machine
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:

@@ -5,6 +5,7 @@ Takes some minutes: `make test-cluster`. What is short enough of it is in test_j
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -117,24 +118,27 @@ def test_each_job_alone_then_an_endpoint(server: S3Server, make_config: ConfigMa
         assert job(head, "serve", "--run", run.location, *names).returncode == 0
         steered = ask(8766)
         assert steered
-        (tmp_path / "serve.yaml").write_text(served(run.location))
-        deploy = ("-m", "ray.serve.scripts", "deploy", str(tmp_path / "serve.yaml"))
-        found = python(*deploy, **head.client, RAY_DASHBOARD_ADDRESS=head.url)
-        assert found.returncode == 0, found.stdout + found.stderr
-        cheerful = lambda: "tiny:cheerful" in [each.id for each in client(8766).models.list().data]  # noqa: E731
-        wait_until(cheerful, 200, "the file is deployed in place of the job's", 1)
+        deploy(head, tmp_path, 8766, {"run": run.location})
         assert ask(8766) == steered
 
 
-def served(run: str) -> str:
-    """cluster/serve/demo.yaml for this run."""
-    content = yaml.safe_load((ROOT / "cluster" / "serve" / "demo.yaml").read_text())
-    content["http_options"]["port"] = 8766
+def deploy(head: Head, folder: Path, port: int, args: dict[str, Any], **more: Any) -> None:
+    """`serve deploy cluster/serve/demo.yaml`, with other arguments, and wait until it is there."""
+    content = yaml.safe_load((ROOT / "cluster" / "serve" / "demo.yaml").read_text()) | more
+    content["http_options"]["port"] = port
     application = content["applications"][0]
-    application["args"] |= {"run": run, "name": "tiny"}
-    gate = application["deployments"][0]["user_config"]
-    gate["presets"] = {"cheerful": {"objectives": {"words": 2}}}
-    return yaml.safe_dump(content)
+    application["args"] |= {"name": "tiny"} | args
+    application["deployments"][0]["user_config"]["presets"] = {"cheerful": {"objectives": {"words": 2}}}
+    file = str(written(folder / "serve.yaml", content))
+    found = python("-m", "ray.serve.scripts", "deploy", file, **head.client, RAY_DASHBOARD_ADDRESS=head.url)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+    def there() -> bool:
+        with contextlib.suppress(openai.APIConnectionError, openai.InternalServerError, openai.NotFoundError):
+            return "tiny:cheerful" in [each.id for each in client(port).models.list().data]
+        return False
+
+    wait_until(there, 200, "the endpoint, as the file has it", 1)
 
 
 def autoscaling(folder: Path, port: int) -> Path:
@@ -240,9 +244,9 @@ def test_a_machine_dies_in_each_stage(server: S3Server, make_config: ConfigMaker
         assert len({row["rollout_id"] for row in rows}) == len(rows) == 60 * 4
         assert not any(row["error"] for row in rows)
         assert b"</html>" in storage.read_bytes(run.path("evaluation", "report.html"))
-        placed = ("name=tiny", "replicas={min: 2, runs_on: work, cpus: 1}", "gateways={runs_on: front, cpus: 0.5}")
-        keys = [word for each in placed for word in ("--set", each)]
-        assert job(head, "serve", "--run", where, *keys, "--port", "8767").returncode == 0
+        replicas = {"min": 2, "cpus": 1, "runs_on": "work"}
+        args = {"run": where, "replicas": replicas, "gateways": {"cpus": 0.5, "runs_on": "front"}}
+        deploy(head, tmp_path, 8767, args, proxy_location="HeadOnly")  # all machines have this one's ports
         expected = [ask(8767, seed, 200) for seed in range(8)]
         with ThreadPoolExecutor(8) as threads:
             asked = [threads.submit(ask, 8767, seed, 200) for seed in range(8)]
