@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-on-s3 test lint format bench chaos-rollouts chaos-serving load-serving test-cluster lock clean
+.PHONY: help demo demo-on-s3 test tests-with-ray tests-without lint format bench chaos-rollouts chaos-serving load-serving test-cluster lock clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -14,8 +14,14 @@ help:  ## This list
 demo: $(VENV)/installed  ## Train value models on a small language model's own rollouts, and steer it (about 10 min)
 	$(BIN)/vas run configs/demo.yaml
 
-test: $(VENV)/installed  ## All tests
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## All tests; those that start clusters wait a lot, so the others run beside them
+	$(MAKE) --jobs=2 --keep-going --no-print-directory tests-with-ray tests-without
+
+tests-with-ray:
+	$(BIN)/python -m pytest tests/cluster
+
+tests-without:
+	nice -n 5 $(BIN)/python -m pytest --ignore=tests/cluster
 
 lint: $(VENV)/installed  ## Format, lint, types, and the floors of the design
 	$(BIN)/ruff format --check .
