@@ -17,10 +17,10 @@ demo: $(VENV)/installed  ## Train value models on a small language model's own r
 test: $(VENV)/installed  ## All tests; those that start clusters wait a lot, so the others run beside them
 	$(MAKE) --jobs=2 --keep-going --no-print-directory tests-with-ray tests-without
 
-tests-with-ray:
-	$(BIN)/python -m pytest tests/cluster
+tests-with-ray: $(VENV)/installed
+	$(BIN)/python -m pytest tests/cluster -o cache_dir=.pytest_cache/cluster
 
-tests-without:
+tests-without: $(VENV)/installed
 	nice -n 5 $(BIN)/python -m pytest --ignore=tests/cluster
 
 lint: $(VENV)/installed  ## Format, lint, types, and the floors of the design

@@ -17,7 +17,7 @@ def machines(monkeypatch):
     def have(*now: dict, largest: tuple[dict, ...] = ()) -> None:
         monkeypatch.setattr(growth, "machines", lambda: [dict(machine) for machine in now])
         monkeypatch.setattr(growth, "largest", lambda: [dict(machine) for machine in largest])
-        monkeypatch.setattr(growth, "feasible", lambda bundles: False)
+        monkeypatch.setattr(growth, "feasible", lambda bundles, ahead: False)
 
     return have
 
@@ -79,6 +79,17 @@ def test_what_fits_passes(machines):
     machines(SMALL, LARGE, LARGE)
     require(stage_groups("train 0", Resources(workers=4, gpus_per_worker=1)))
     require(stage_groups("rollouts", Resources(actors=2, cpus_per_actor=15, gpus_per_reward_actor=2)))
+
+
+def test_a_share_of_a_gpu_is_of_one_gpu(machines):
+    machines(LARGE)
+    assert room(amounts(1, 0.4, None)) == 4
+    assert room(amounts(1, 0.6, None)) == 2
+
+
+def test_what_is_larger_is_placed_first(machines):
+    machines({"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0, "GPU": 1.0})
+    require(stage_groups("rollouts", Resources(actors=1, cpus_per_actor=8, gpus_per_actor=1, cpus_per_reward_actor=9)))
 
 
 def test_light_work_leaves_marked_machines_alone(machines):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,10 +43,16 @@ def largest() -> list[Amounts]:
     return [machine for machine in machines() if HEAD in machine] + workers
 
 
-def feasible(bundles: Sequence[Amounts]) -> bool:
-    """Whether the autoscaler would find machines for these processes at once; False where there is none to ask."""
+def feasible(bundles: Sequence[Amounts], ahead: bool = False) -> bool:
+    """Whether the autoscaler would find machines for these processes at once; False where there is none to ask.
+
+    It is asked by a placement group, for which it starts machines; `ahead` of need we do not ask on Kubernetes, where
+    alone it is of use, and hope. Of a cluster that others use we are told what is free: then we wait, and say True.
+    """
     if not _state().autoscaling_state.autoscaler_state_version:
         return False
+    if (ahead and "KUBERNETES_SERVICE_HOST" in os.environ) or _busy():
+        return True
     asked = placement_group([dict(bundle) for bundle in bundles if bundle], strategy="PACK")
     try:
         seen, deadline = 0, time.monotonic() + PATIENCE
@@ -61,6 +68,11 @@ def feasible(bundles: Sequence[Amounts]) -> bool:
         return True
     finally:
         remove_placement_group(asked)
+
+
+def _busy() -> bool:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return any(total.get(name, 0) - free.get(name, 0) > 1e-3 for name in ("CPU", "GPU"))
 
 
 def _about(asked: PlacementGroup, requests: Iterable[GangResourceRequest]) -> bool:

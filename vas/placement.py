@@ -37,7 +37,7 @@ def amounts(cpus: float, gpus: float, mark: str | None) -> Amounts:
 
 def options(each: Amounts) -> dict[str, Any]:
     """The same as options of a Ray task or actor."""
-    marks = {name: amount for name, amount in each.items() if name not in LIGHT | {"GPU": 0}}
+    marks = {name: each[name] for name in growth.marks(each)}
     return {"num_cpus": each.get("CPU", 0), "num_gpus": each.get("GPU", 0), "resources": marks}
 
 
@@ -55,14 +55,15 @@ def worker(resources: Resources) -> Amounts:
     """What a training worker takes; its CPUs are its torch threads, by default as many as the machines have for it."""
     if resources.cpus_per_worker:
         return amounts(resources.cpus_per_worker, resources.gpus_per_worker, resources.workers_on)
-    most = int(max((machine.get("CPU", 0) for machine in growth.machines()), default=1))
+    machines = growth.largest() or growth.machines()
+    most = int(max((machine.get("CPU", 0) for machine in machines), default=1))
     kinds = [amounts(cpus, resources.gpus_per_worker, resources.workers_on) for cpus in range(max(1, most), 0, -1)]
-    return next((each for each in kinds if room(each, [LIGHT]) >= resources.workers), kinds[-1])
+    return next((each for each in kinds if room(each, [LIGHT], machines) >= resources.workers), kinds[-1])
 
 
 def sampler_pool(resources: Resources, batches: int) -> tuple[int, int]:
     """The least and the most sampler actors for so many batches: as asked for, else as many as there is room for."""
-    beside = [LIGHT] + [reward_actor(resources)] * resources.reward_actors
+    beside = [reward_actor(resources)] * resources.reward_actors + [LIGHT]
     smallest = min(resources.actors or max(1, room(sampler(resources), beside)), batches)
     return smallest, max(smallest, min(resources.max_actors or 0, batches))
 
@@ -96,21 +97,20 @@ def stage_groups(stage: str, resources: Resources) -> list[Group]:
     ]
 
 
-def require(groups: Sequence[Group], spare: Amounts = LIGHT) -> None:
+def require(groups: Sequence[Group], spare: Amounts = LIGHT, ahead: bool = False) -> None:
     """Raise VasError unless the cluster can hold these groups at once, and `spare` beside them.
 
     A cluster that grows counts as large as it can get, where that is known; where not, its autoscaler is asked,
-    which takes it some seconds.
+    which takes it some seconds. ahead: they are not to run now, so that no machines are to be started for them.
     """
     largest = growth.largest()
     machines = largest or growth.machines()
     for group in groups:
-        beside = [spare] if spare else []
-        beside += [one.each for one in groups if one is not group for _ in range(one.count)]
-        fit = room(group.each, beside, machines)
+        beside = [one.each for one in groups if one is not group for _ in range(one.count)]
+        fit = room(group.each, beside + [spare] * bool(spare), machines)
         if fit >= group.count:
             continue
-        if not largest and growth.feasible([one.each for one in groups for _ in range(one.count)]):
+        if not largest and growth.feasible([one.each for one in groups for _ in range(one.count)], ahead):
             return
         raise VasError(
             f"the cluster can never hold {group.count} {group.what} ({_words(group.each)} each): "
@@ -122,8 +122,16 @@ def require(groups: Sequence[Group], spare: Amounts = LIGHT) -> None:
 
 
 def _fit(each: Amounts, machine: Amounts) -> int:
-    """Processes that fit on a machine."""
-    return int(min((machine.get(name, 0.0) / amount + 1e-6 for name, amount in each.items()), default=sys.maxsize))
+    """Processes that fit on a machine; one that takes less than a GPU has its share of a single one."""
+    counts = [_times(amount, machine.get(name, 0.0)) for name, amount in each.items()]
+    if 0 < (share := each.get("GPU", 0)) < 1:
+        whole, rest = divmod(machine.get("GPU", 0.0) + 1e-6, 1.0)
+        counts.append(int(whole) * _times(share, 1.0) + _times(share, rest))
+    return min(counts, default=sys.maxsize)
+
+
+def _times(amount: float, of: float) -> int:
+    return int(of / amount + 1e-6)
 
 
 def _less(machine: Amounts, each: Amounts) -> Amounts:
@@ -132,7 +140,7 @@ def _less(machine: Amounts, each: Amounts) -> Amounts:
 
 def _words(each: Amounts) -> str:
     """`2 CPU, 1 GPU, on a machine marked sampling`."""
-    marks = [f"on a machine marked '{name}'" for name in each if name not in ("CPU", "GPU")]
+    marks = [f"on a machine marked '{name}'" for name in growth.marks(each)]
     return ", ".join([f"{each[name]:g} {name}" for name in ("CPU", "GPU") if name in each] + marks) or "no CPU"
 
 

@@ -114,12 +114,16 @@ def test_each_job_alone_then_an_endpoint(server: S3Server, make_config: ConfigMa
         )
         assert mine == theirs
         assert job(head, "pipeline", "--run", run.location).returncode == 0  # all of it is there
-        names = ("--set", "name=tiny", "--set", "replicas.cpus=1", "--port", "8766")
+        port = free_row(1)
+        names = ("--set", "name=tiny", "--set", "replicas.cpus=1", "--port", str(port))
         assert job(head, "serve", "--run", run.location, *names).returncode == 0
-        steered = ask(8766)
+        steered = ask(port)
         assert steered
-        deploy(head, tmp_path, 8766, {"run": run.location})
-        assert ask(8766) == steered
+        never = job(head, "serve", "--run", run.location, *names, "--set", "replicas.min=50")
+        assert never.returncode != 0
+        assert "the cluster can never hold 50 replicas of the base model" in never.stdout
+        deploy(head, tmp_path, port, {"run": run.location})
+        assert ask(port) == steered
 
 
 def deploy(head: Head, folder: Path, port: int, args: dict[str, Any], **more: Any) -> None:
@@ -246,10 +250,11 @@ def test_a_machine_dies_in_each_stage(server: S3Server, make_config: ConfigMaker
         assert b"</html>" in storage.read_bytes(run.path("evaluation", "report.html"))
         replicas = {"min": 2, "cpus": 1, "runs_on": "work"}
         args = {"run": where, "replicas": replicas, "gateways": {"cpus": 0.5, "runs_on": "front"}}
-        deploy(head, tmp_path, 8767, args, proxy_location="HeadOnly")  # all machines have this one's ports
-        expected = [ask(8767, seed, 200) for seed in range(8)]
+        port = free_row(1)
+        deploy(head, tmp_path, port, args, proxy_location="HeadOnly")  # all machines have this one's ports
+        expected = [ask(port, seed, 200) for seed in range(8)]
         with ThreadPoolExecutor(8) as threads:
-            asked = [threads.submit(ask, 8767, seed, 200) for seed in range(8)]
+            asked = [threads.submit(ask, port, seed, 200) for seed in range(8)]
             time.sleep(1.0)
             assert not all(each.done() for each in asked)
             kill_all(workers.pop(0))

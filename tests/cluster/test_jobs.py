@@ -3,10 +3,10 @@
 What takes minutes is in test_house.py: `make test-cluster`.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import yaml
 from command import ROOT, interrupt, message, python, python_environment
 from ray_head import Head, brief_config, get, ray_head
 from s3_server import S3Server, s3_server
-from tools import ConfigMaker, on_s3
+from tools import ConfigMaker, on_s3, wait_until
 
 from vas import storage
 from vas.config import load_config
@@ -89,6 +89,17 @@ def test_a_cluster_that_is_too_small_says_so_at_once(head: Head, tmp_path):
     assert "Traceback" not in found.stdout
 
 
+@pytest.mark.parametrize("token", ["", "wrong" * 8])
+def test_without_its_token_nothing_is_sent(head: Head, tmp_path, token):
+    brief_config(tmp_path)
+    tokens = {"RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+    for words in (["config.yaml"], ["--attach", "job"]):
+        found = submit(tmp_path, *words, **{**head.client, "RAY_AUTH_TOKEN_PATH": "", **tokens})
+        assert found.returncode == 2
+        assert "Traceback" not in found.stderr
+        assert "the cluster wants its token" in message(found.stderr)
+
+
 def test_a_job_that_is_not_there(head: Head, tmp_path):
     none = submit(tmp_path, "--attach", "nothing", **head.client)
     assert none.returncode == 2
@@ -154,6 +165,13 @@ def test_a_run_is_found_by_its_directory(config_file, tmp_path):
     assert [line.split()[0] for line in found.stderr.splitlines()] == ["prompts", *stages]
 
 
+def reader(pipe: Path) -> bool:
+    """Whether somebody has opened the pipe, which then is left open."""
+    with contextlib.suppress(OSError):
+        return bool(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    return False
+
+
 def test_an_interruption_is_no_error(tmp_path):
     """Here while it waits for its config on a pipe."""
     pipe = tmp_path / "config.yaml"
@@ -161,7 +179,7 @@ def test_an_interruption_is_no_error(tmp_path):
     process = subprocess.Popen(
         [sys.executable, TRAIN, "--config", str(pipe)], stderr=subprocess.PIPE, text=True, env=python_environment()
     )
-    time.sleep(3)  # now it waits in open()
+    wait_until(lambda: reader(pipe), 60, "it waits for the rest", 0.1)
     assert "the same command goes on from there" in interrupt(process)
 
 
@@ -173,6 +191,7 @@ def test_an_interruption_is_no_error(tmp_path):
         (["config.yaml", "--env", "VAS_NOT_SET"], "this variable is not set here"),
         (["config.yaml", "--attach", "job"], "give a config to submit, or --attach"),
         (["config.yaml"], "cannot reach the cluster's job API"),
+        (["config.yaml", "--run", "runs/here"], "the cluster deletes it"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_sent(tmp_path, words, said):

@@ -151,7 +151,7 @@ def serve(
 
 
 @app.command(
-    epilog="Example: `vas submit configs/demo.yaml --run s3://bucket/runs/demo --address http://HEAD:8265`; "
+    epilog="Example: `vas submit configs/demo.yaml --run s3://bucket/runs/demo --address http://127.0.0.1:8265`; "
     "again, it goes on where it stopped. `vas submit --attach JOB` follows a job that runs."
 )
 def submit(
@@ -163,7 +163,8 @@ def submit(
         str | None, typer.Option("--run", metavar="DIR", help="Where the run lies, in place of the config's own.")
     ] = None,
     stage: Annotated[
-        Literal["rollouts", "train", "evaluate", "all"], typer.Option(help="What of it the job does.")
+        Literal["rollouts", "train", "evaluate", "all"],
+        typer.Option(metavar="STAGE", help="rollouts, train, evaluate or all."),
     ] = "all",
     address: Annotated[
         str | None, typer.Option(metavar="URL", help="The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS.")
@@ -186,7 +187,7 @@ def submit(
         client, job = jobs.connect(address), attach
     else:
         assert config is not None
-        load_config(config, set_ or ())  # a slip shows here, not in a log
+        jobs.check_place(run or load_config(config, set_ or ()).runs_dir)
         client, job = jobs.submit(config, stage, run, set_ or [], env or [], address)
     again = f"vas submit --attach {job}" + (f" --address {address}" if address else "")
     console.print(f"Job [bold]{job}[/bold]; follow it with: {again}", highlight=False, soft_wrap=True)
@@ -195,8 +196,9 @@ def submit(
     try:
         code = jobs.follow(client, job)
     except KeyboardInterrupt:
-        console.print(f"\nThe job goes on. `{again}` follows it, `ray job stop {job}` stops it.", highlight=False)
-        raise typer.Exit(0) from None
+        stop = again.replace("vas submit --attach", "ray job stop")
+        console.print(f"\nThe job goes on. `{again}` follows it, `{stop}` stops it.", highlight=False)
+        raise typer.Exit(_INTERRUPTED) from None
     raise typer.Exit(code)
 
 

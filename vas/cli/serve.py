@@ -14,10 +14,9 @@ from ray.serve.config import HTTPOptions
 from vas.config import Resources
 from vas.configfile import override, read_config
 from vas.errors import VasError
-from vas.placement import require
 from vas.progress import console
 from vas.run.cluster import ray_cluster
-from vas.serving.app import application, groups
+from vas.serving.app import application
 from vas.serving.config import Serving, Settled, parse_serving, settle
 
 NAME = "vas"
@@ -59,8 +58,6 @@ def deploy(target: str, overrides: list[str], host: str, port: int) -> None:
 def _start(settled: Settled, target: str, host: str, port: int) -> None:
     app = application(settled)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if NAME not in serve.status().applications:  # else what is served makes room, replica by replica
-        require(groups(settled), spare={})
     serve.start(http_options=HTTPOptions(host=host, port=port))
     with console.status("loading the models"):
         try:

@@ -8,19 +8,22 @@ import os
 import shlex
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from rich.markup import escape
 
 from vas.errors import VasError
 from vas.progress import console
 
 PATIENCE = 600.0  # seconds without an answer of the cluster until we give up following
 PAUSE = 0.5  # seconds between attempts
-LEFT_OUT = ["/runs/", "/.venv/", "/.git/"]  # of the working tree, beside what its .gitignore names
+SILENCE = 60.0  # seconds without a line, after which we ask whether the job is still there
+LEFT_OUT = ["/runs/"]  # of the working tree, beside what its .gitignore names, .git and .venv
 INTERRUPTED, FAILED = 130, 1
+TROUBLE = (OSError, RuntimeError, ValueError, RayError)  # what Ray's client raises when something is wrong
 
 
 def submit(
@@ -42,21 +45,40 @@ def submit(
     client = connect(address)
     try:
         job = client.submit_job(entrypoint=shlex.join(words), runtime_env=runtime)
-    except (RuntimeError, ValueError) as error:
-        raise VasError(f"the cluster does not take the job: {_first_line(error)}", address) from None
+    except TROUBLE as error:
+        raise VasError(
+            f"the cluster does not take the job: {_last_line(error)}",
+            client.get_address(),
+            "if the working directory is too large for it, name large folders in .gitignore",
+        ) from None
     return client, job
+
+
+def check_place(location: str) -> None:
+    """Raises VasError for a run that would lie in the job's own folder, which the cluster deletes."""
+    if "://" not in location and not Path(location).is_absolute():
+        raise VasError(
+            "the job's own folder is no place for a run: the cluster deletes it",
+            location,
+            "say where it is to lie: --run s3://bucket/runs/mine, or an absolute path that all machines share",
+        )
 
 
 def connect(address: str | None) -> JobSubmissionClient:
     """The cluster's job API. Raises VasError if it cannot be reached, or wants a token."""
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it tells of each connection
+    if address:
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers what is set there
+    for name in ("ray.dashboard", "ray._private.runtime_env"):  # of each connection, and each file that is left out
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except AuthenticationError:
+        raise _no_token() from None
+    except TROUBLE as error:
         raise VasError(
-            f"cannot reach the cluster's job API: {_first_line(error)}",
+            f"cannot reach the cluster's job API: {_last_line(error)}",
             f"--address {address}" if address else "RAY_API_SERVER_ADDRESS",
-            "e.g. --address http://HEAD:8265; if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN",
+            "e.g. --address http://127.0.0.1:8265, where `ray dashboard` or ssh -L brings it",
         ) from None
 
 
@@ -73,25 +95,29 @@ def follow(client: JobSubmissionClient, job: str) -> int:
             heard = time.monotonic()
             if ended:
                 return _end(client.get_job_info(job), job)
-        except (OSError, RuntimeError) as error:
+        except AuthenticationError:
+            raise _no_token() from None
+        except TROUBLE as error:
             if "status code 404" in str(error):
                 raise VasError("there is no such job", job, "`ray job list` shows those that are") from None
             if time.monotonic() - heard > PATIENCE:
-                raise VasError(f"the cluster does not answer any more: {_first_line(error)}", job) from None
+                raise VasError(f"the cluster does not answer any more: {_last_line(error)}", job) from None
         time.sleep(PAUSE)
 
 
 async def _show(client: JobSubmissionClient, job: str, shown: int) -> int:
     """Print what the log has beyond `shown` characters, as long as the connection lasts; how many it has then."""
-    seen = 0
-    with suppress(RuntimeError, OSError, aiohttp.ClientError):  # the connection is gone
-        async for text in client.tail_job_logs(job):
-            fresh = text[max(0, shown - seen) :]
-            seen += len(text)
-            shown = max(shown, seen)
-            sys.stdout.write(fresh)
-            sys.stdout.flush()
-    return shown
+    seen, log = 0, client.tail_job_logs(job)
+    while True:
+        try:
+            text = await asyncio.wait_for(anext(log), SILENCE)
+        except (StopAsyncIteration, RuntimeError, OSError, aiohttp.ClientError):  # its end, or that of the connection
+            return shown
+        fresh = text[max(0, shown - seen) :]
+        seen += len(text)
+        shown = max(shown, seen)
+        sys.stdout.write(fresh)
+        sys.stdout.flush()
 
 
 def _variables(asked: list[str]) -> dict[str, str]:
@@ -114,9 +140,19 @@ def _end(details: JobDetails, job: str) -> int:
         return INTERRUPTED
     code = details.driver_exit_code
     if code is None or code < 0:  # the cluster ended it, or could not start it: its log does not say why
-        console.print(f"[red]{job} failed:[/red] {(details.message or '').strip()[-2000:]}", highlight=False)
+        said = escape((details.message or "").strip()[-2000:])
+        console.print(f"[red]{job} failed:[/red] {said}", highlight=False)
     return code if code is not None and code > 0 else FAILED
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _no_token() -> VasError:
+    return VasError(
+        "the cluster wants its token",
+        "RAY_AUTH_TOKEN",
+        "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token; `ray get-auth-token` on the head prints it",
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    """What it is about: servers answer with a whole traceback."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import ray
 import ray.data
+from ray.exceptions import RayError
 
 from vas.config import Resources
 from vas.errors import VasError
@@ -64,7 +65,7 @@ def ray_cluster(resources: Resources, spare_cpus: int = 1) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (ConnectionError, ValueError) as error:
+    except (ConnectionError, ValueError, RayError) as error:
         raise VasError(
             f"cannot reach the Ray cluster: {str(error).splitlines()[0]}",
             f"resources.address: {address}",

@@ -210,7 +210,8 @@ def run_all(run: RunDirectory) -> None:
             stack.enter_context(run.held())
             stack.enter_context(ray_cluster(run.config.resources))
             for name in STAGES:  # before hours of work for a run that cannot be finished
-                require(stage_groups(name, run.config.resources))
+                if not run.done(name):
+                    require(stage_groups(name, run.config.resources), ahead=True)
         for number in range(run.config.rounds):
             _rollout(run, number)
             _train(run, number)

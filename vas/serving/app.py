@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from vas import storage
 from vas.digests import digest
-from vas.placement import Group, options
+from vas.placement import Group, options, require
 from vas.serving.base import BaseReplica
 from vas.serving.config import Replicas, Settled, parse_serving, settle
 from vas.serving.gateway import Gateway
@@ -34,11 +35,13 @@ def application(settled: Settled) -> serve.Application:
     """Gateway, base model, and a deployment for each value model that is not colocated.
 
     Deployed again, it takes the place of its earlier version replica by replica. The gateway's `user_config` alone
-    (presets, limits, keys) may change with no restart.
+    (presets, limits, keys) may change with no restart. Raises VasError for what the cluster can never hold.
     """
     serving = settled.serving
     digests = {spec.name: checkpoint_digest(spec.path) for spec in settled.value_models}
     Served.of(settled, digests).check_gate(serving.gate)  # a mistake shows here, not in a replica's log
+    if ray.is_initialized():
+        require(groups(settled), spare={})
     handles: dict[str, DeploymentHandle] = {}
     for spec in settled.value_models:
         if spec.placement == "deployment":
