@@ -78,9 +78,9 @@ def application(settled: Settled) -> serve.Application:
 def groups(settled: Settled) -> list[Group]:
     """What the endpoint keeps running when there is nothing to do."""
     serving = settled.serving
-    asked = [
-        ("replicas of the gateway", "gateways", serving.gateways),
+    asked = [  # the largest first, for an error names the first that does not fit
         ("replicas of the base model", "replicas", serving.replicas),
+        ("replicas of the gateway", "gateways", serving.gateways),
     ]
     for spec in settled.value_models:
         if spec.placement == "deployment":
