@@ -2,6 +2,9 @@
 
 from typing import Literal
 
+Stage = Literal["rollouts", "train", "evaluate", "all"]
+"""What of a run a job does."""
+
 Linears = Literal["exact", "bfloat16", "int8", "fastest"]
 
 SCHEDULE = r"token|entropy:\d+(\.\d+)?|block:[1-9]\d*"

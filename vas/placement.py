@@ -107,7 +107,7 @@ def require(groups: Sequence[Group], spare: Amounts = LIGHT, ahead: bool = False
     machines = largest or growth.machines()
     for group in groups:
         beside = [one.each for one in groups if one is not group for _ in range(one.count)]
-        fit = room(group.each, beside + [spare] * bool(spare), machines)
+        fit = room(group.each, [*beside, spare], machines)
         if fit >= group.count:
             continue
         if not largest and growth.feasible([one.each for one in groups for _ in range(one.count)], ahead):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fits import config_of, workers, write_rollouts
+from s3_server import S3Server, s3_server
 from tiny import save_tiny_base
 from tools import ConfigMaker
 
@@ -58,6 +59,15 @@ def tiny_cluster() -> Iterator[None]:
     """Ray on this machine, for as long as a module's tests take."""
     with ray_cluster(Resources(num_cpus=2, object_store_memory=200 * 2**20)):
         yield
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    """A real S3 server, which the environment names."""
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,15 @@ def kill_all(machine: subprocess.Popen[bytes]) -> None:
     machine.wait(timeout=30)
 
 
+def submit(folder: Path, *words: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `vas submit WORDS` in a folder, to its end."""
+    command = [sys.executable, "-m", "vas.cli.main", "submit", *words]
+    known = python_environment() | environment
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, env=known)
+    print(found.stdout[-4000:], found.stderr[-2000:])
+    return found
+
+
 def get(url: str, token: str | None = None) -> httpx.Response:
     """GET, with the cluster's token or none."""
     return httpx.get(url, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=30)

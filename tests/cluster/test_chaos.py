@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from tools import SEEDS, ConfigMaker, command, committed, wait_until
+from tools import IMPATIENT, SEEDS, ConfigMaker, command, committed, wait_until
 
 from vas.config import parse_config
 from vas.prompts import load_prompts
@@ -26,8 +26,6 @@ from vas.run.cluster import ray_cluster
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-# a machine that is gone is missed within seconds
-IMPATIENT = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
 
 
 @pytest.fixture

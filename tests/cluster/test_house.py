@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import openai
 import pytest
 import yaml
 from command import ROOT, python, python_environment
-from ray_head import Head, free_row, kill_all, ray_head
-from s3_server import S3Server, s3_server
-from tools import ConfigMaker, committed, on_s3, wait_until
+from ray_head import Head, free_row, kill_all, ray_head, submit
+from s3_server import S3Server
+from tools import IMPATIENT, ConfigMaker, committed, on_s3, wait_until
 
 from vas import storage
 from vas.rollouts.stored import read_rollouts
@@ -31,8 +31,6 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif("VAS_TEST_CLUSTER" not in os.environ, reason="takes minutes: make test-cluster"),
 ]
-# a machine that is gone is missed within seconds
-IMPATIENT = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
 HEAD_ID = "f" * 51 + "00000"  # what Ray's provider of machines that are processes expects
 GROWING = {
     "RAY_FAKE_CLUSTER": "1",
@@ -51,14 +49,6 @@ LASTING = (
     *("train.epochs=4", "train.checkpoint_steps=2"),
     *("evaluation.strengths=[{words: 4.0}, {brief: 2.0}, {words: -2.0}, {brief: 4.0}]",),
 )
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        yield server
 
 
 def job(head: Head, script: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -189,7 +179,7 @@ def test_machines_come_for_rollouts_and_go(make_config: ConfigMaker, tmp_path, s
         assert "NodeID" not in refused.stdout
         most = []
         with ThreadPoolExecutor(1) as thread:
-            submitted = thread.submit(submit, tmp_path, head, "--stage", "rollouts")
+            submitted = thread.submit(submit, tmp_path, "config.yaml", "--stage", "rollouts", **head.client)
             while not submitted.done():
                 most.append(len(head.alive()))
                 time.sleep(0.5)
@@ -198,27 +188,11 @@ def test_machines_come_for_rollouts_and_go(make_config: ConfigMaker, tmp_path, s
         assert max(most) == 4  # the head, two that sample, one that scores
         wait_until(lambda: len(head.alive()) == 1, 90, "the machines go again", 1)
         began = time.monotonic()
-        never = submit(
-            tmp_path,
-            head,
-            "--stage",
-            "rollouts",
-            "--run",
-            "s3://test/grown/none",
-            "--set",
-            "resources.gpus_per_actor=1",
-        )
+        asked = ("--run", "s3://test/grown/none", "--set", "resources.gpus_per_actor=1")
+        never = submit(tmp_path, "config.yaml", "--stage", "rollouts", *asked, **head.client)
         assert never.returncode == 2
         assert "the cluster can never hold 2 sampler actors (1 CPU, 1 GPU" in never.stdout
         assert time.monotonic() - began < 30
-
-
-def submit(folder: Path, head: Head, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vas.cli.main", "submit", "config.yaml", *words]
-    known = python_environment() | head.client
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200, env=known)
-    print(found.stdout[-4000:], found.stderr[-2000:])
-    return found
 
 
 def test_a_machine_dies_in_each_stage(server: S3Server, make_config: ConfigMaker, tmp_path):
@@ -237,7 +211,7 @@ def test_a_machine_dies_in_each_stage(server: S3Server, make_config: ConfigMaker
             workers.append(head.add("work", "--num-cpus=1"))
 
         with ThreadPoolExecutor(1) as thread:
-            submitted = thread.submit(submit, tmp_path, head)
+            submitted = thread.submit(submit, tmp_path, "config.yaml", timeout=1200, **head.client)
             strike(lambda: committed(f"{where}/rollouts/round=0") >= 5, "rollouts")
             strike(lambda: storage.exists(f"{where}/train/ray_train/checkpoint_manager_snapshot.json"), "training")
             strike(lambda: committed(f"{where}/evaluation/responses") >= 2, "evaluation")

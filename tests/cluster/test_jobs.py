@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from command import ROOT, interrupt, message, python, python_environment
-from ray_head import Head, brief_config, get, ray_head
-from s3_server import S3Server, s3_server
+from ray_head import Head, brief_config, get, ray_head, submit
+from s3_server import S3Server
 from tools import ConfigMaker, on_s3, wait_until
 
 from vas import storage
@@ -37,21 +37,6 @@ def head() -> Iterator[Head]:
         yield head
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        yield server
-
-
-def submit(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `vas submit WORDS` in a folder."""
-    command = [sys.executable, "-m", "vas.cli.main", "submit", *words]
-    known = python_environment() | environment
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=known)
-
-
 @pytest.mark.timeout(900)
 def test_a_run_on_s3_goes_on_without_its_client_and_is_found_again(
     head: Head, server: S3Server, make_config: ConfigMaker, tmp_path
@@ -70,7 +55,6 @@ def test_a_run_on_s3_goes_on_without_its_client_and_is_found_again(
     found = submit(tmp_path, "--attach", job, **head.client)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "explained variance on held-out prompts" in found.stdout
-    print(found.stdout)
     run = RunDirectory.open("s3://test/jobs/runs/submitted")
     assert all(run.done(stage) for stage in ("prompts", "rollouts", "train", "evaluate"))
     assert b"</html>" in storage.read_bytes(run.path("evaluation", "report.html"))

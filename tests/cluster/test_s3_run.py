@@ -6,7 +6,6 @@ The demo itself, on disk and on S3, takes a quarter of an hour each: `make demo-
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 import yaml
 from command import ROOT, message, vas
 from s3_proxy import KILLS, KINDS, s3_proxy
-from s3_server import S3Server, s3_server
 from tools import SEEDS, on_s3
 
 from vas import storage
@@ -25,16 +23,10 @@ from vas.rollouts.stored import read_rollouts
 from vas.run.directory import RunDirectory
 from vas.run.stages import run_all
 
+pytestmark = pytest.mark.usefixtures("server")
+
 DEMO = bool(os.environ.get("VAS_DEMO_ON_S3"))
 SAME = ("prompt_token_ids", "response_token_ids", "rewards", "finish_reason", "held_out")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> Iterator[S3Server]:
-    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import psutil
 from vas import storage
 
 SEEDS = range(int(os.environ.get("VAS_CHAOS_SEEDS", "1")))  # of the tests in which chance strikes
+# of a cluster on which a machine that is gone is missed within seconds
+IMPATIENT = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
 ConfigMaker = Callable[..., dict[str, Any]]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import get_args
 
 from vas import storage
+from vas.choices import Stage
 from vas.cli.main import program
 from vas.config import load_config
 from vas.run.directory import RunDirectory
@@ -20,7 +22,7 @@ def run_job(stage: str | None, about: str | None, source: bool = False) -> None:
     """
     parser = _parser(about, "config of the run, which is begun unless it is there")
     if stage is None:
-        parser.add_argument("stage", choices=("rollouts", "train", "evaluate", "all"))
+        parser.add_argument("stage", choices=get_args(Stage))
     if source:
         parser.add_argument(
             "--from", metavar="DIR", dest="source", required=True, help="run whose responses are scored"

@@ -7,12 +7,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.panel import Panel
 
+from vas.choices import Stage
 from vas.cli.value import app as value_app
 from vas.config import load_config
 from vas.errors import VasError, as_vas_error
@@ -162,10 +163,7 @@ def submit(
     run: Annotated[
         str | None, typer.Option("--run", metavar="DIR", help="Where the run lies, in place of the config's own.")
     ] = None,
-    stage: Annotated[
-        Literal["rollouts", "train", "evaluate", "all"],
-        typer.Option(metavar="STAGE", help="rollouts, train, evaluate or all."),
-    ] = "all",
+    stage: Annotated[Stage, typer.Option(metavar="STAGE", help="rollouts, train, evaluate or all.")] = "all",
     address: Annotated[
         str | None, typer.Option(metavar="URL", help="The cluster's dashboard. Default: RAY_API_SERVER_ADDRESS.")
     ] = None,

@@ -16,8 +16,8 @@ from vas.configfile import override, read_config
 from vas.errors import VasError
 from vas.progress import console
 from vas.run.cluster import ray_cluster
-from vas.serving.app import application
-from vas.serving.config import Serving, Settled, parse_serving, settle
+from vas.serving.app import application, deployments
+from vas.serving.config import Settled, parse_serving, settle
 
 NAME = "vas"
 
@@ -32,7 +32,7 @@ def serve_forever(target: str, overrides: list[str], host: str, port: int) -> No
     if local and "cpus" not in serving.replicas.model_fields_set:
         serving.replicas.cpus = os.cpu_count() or 1  # the machine is the base model's; the rest is light
     settled = settle(serving)
-    with ray_cluster(Resources(), spare_cpus=_spare(serving, settled)):
+    with ray_cluster(Resources(), spare_cpus=_spare(settled)):
         _start(settled, target, host, port)
         console.print("Ctrl-C stops it.")
         stopped = threading.Event()
@@ -94,12 +94,9 @@ def _last(lines: list[str]) -> str:
     return (errors or lines)[-1].strip()
 
 
-def _spare(serving: Serving, settled: Settled) -> int:
+def _spare(settled: Settled) -> int:
     """Logical CPUs that Ray needs beside the machine's own, for all deployments at their largest."""
-    asked = serving.replicas.cpus * serving.replicas.most + serving.gateways.cpus * serving.gateways.most
-    for spec in settled.value_models:
-        if spec.placement == "deployment":
-            asked += spec.replicas.cpus * spec.replicas.most
+    asked = sum(kept.cpus * kept.most for _, _, kept in deployments(settled))
     return max(1, int(asked) + 1 - (os.cpu_count() or 1))
 
 

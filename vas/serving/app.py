@@ -41,7 +41,8 @@ def application(settled: Settled) -> serve.Application:
     digests = {spec.name: checkpoint_digest(spec.path) for spec in settled.value_models}
     Served.of(settled, digests).check_gate(serving.gate)  # a mistake shows here, not in a replica's log
     if ray.is_initialized():
-        require(groups(settled), spare={})
+        least = [Group(what, keys, kept.min, kept.each) for what, keys, kept in deployments(settled)]
+        require(least, spare={})
     handles: dict[str, DeploymentHandle] = {}
     for spec in settled.value_models:
         if spec.placement == "deployment":
@@ -75,17 +76,17 @@ def application(settled: Settled) -> serve.Application:
     return gateway.bind(settled, digests, base)
 
 
-def groups(settled: Settled) -> list[Group]:
-    """What the endpoint keeps running when there is nothing to do."""
+def deployments(settled: Settled) -> list[tuple[str, str, Replicas]]:
+    """Each deployment's replicas, after what errors call them and the keys that say how many there are."""
     serving = settled.serving
-    asked = [  # the largest first, for an error names the first that does not fit
+    found = [  # the largest first, for an error names the first that does not fit
         ("replicas of the base model", "replicas", serving.replicas),
         ("replicas of the gateway", "gateways", serving.gateways),
     ]
     for spec in settled.value_models:
         if spec.placement == "deployment":
-            asked.append((f"replicas of the value model {spec.name}", "value_models: replicas", spec.replicas))
-    return [Group(what, keys, replicas.min, replicas.each) for what, keys, replicas in asked]
+            found.append((f"replicas of the value model {spec.name}", "value_models: replicas", spec.replicas))
+    return found
 
 
 def checkpoint_digest(location: str) -> str:
