@@ -113,13 +113,17 @@ def tiny_value(
     dtype: torch.dtype = torch.float32,
     layers: int = 2,
     seed: int = 7,
+    vocab: int | None = None,
 ) -> ValueModel:
-    """A value model with random heads, so that candidates' values differ by about one standard deviation."""
+    """A value model with random heads, so that candidates' values differ by about one standard deviation.
+
+    vocab: how many token ids it knows, if not those of the tiny tokenizer.
+    """
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     model = ValueModel(
         ValueModelConfig(
-            backbone=_config(arch, layers).to_dict(),
+            backbone=_config(arch, layers).to_dict() | ({"vocab_size": vocab} if vocab else {}),
             objectives=[tiny_objective(name) for name in objectives],
             head={"kind": head, "bins": 11, "label": "hl_gauss"},
             tokenizer_digest=tokenizer_digest(tokenizer),

@@ -19,8 +19,10 @@ from vas.decoding.sampler import draw, policy
 from vas.decoding.scheduler import Scheduler
 from vas.decoding.scorer import Scorer
 from vas.decoding.sequence import Completion, Drawn, Request, Score, Sequence, Token
+from vas.decoding.served import ServedRunner
 from vas.errors import VasError, nearest
 from vas.models.base import BaseModel
+from vas.models.served import ServedModel
 
 
 class Engine:
@@ -41,7 +43,7 @@ class Engine:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: BaseModel | ServedModel,
         scorers: Many[Scorer] = (),
         max_sequences: int = 64,
         kv_tokens: int | None = None,
@@ -54,10 +56,12 @@ class Engine:
                 raise VasError(f"{name} must be at least 1, not {number}")
         self._base, self._scorers = base, list(scorers)
         self.clock = Clock()
-        self._guide = Guide(scorers, base.eos_token_ids, base.model.device, self.clock)
+        self._vocab = base.vocabulary
+        self._guide = Guide(scorers, base.eos_token_ids, base.device, self.clock, self._vocab)
         self.objectives = tuple(self._guide.objectives)
-        self._vocab = base.model.get_input_embeddings().num_embeddings
-        self._runner = ModelRunner(base.model, linears, free, kv_tokens)
+        self._runner = (
+            ServedRunner(base) if isinstance(base, ServedModel) else ModelRunner(base.model, linears, free, kv_tokens)
+        )
         for scorer in scorers:
             scorer.limit(kv_tokens)
         self._scheduler = Scheduler(self._runner.cache.fits, max_sequences)
@@ -246,10 +250,15 @@ class Engine:
         with self.clock.part("base"):
             logits_BV = self._run_base(sequences)
         with self.clock.part("combine"):
-            base_BV = policy(logits_BV, [s.request.sampling for s in sequences])
+            knobs = [s.request.sampling for s in sequences]
+            if isinstance(self._runner, ServedRunner):
+                self._runner.cut(logits_BV, knobs)
+            base_BV = policy(logits_BV, knobs)
             guided_BV = self._guide(sequences, base_BV)
         with self.clock.part("sample"):
             drawn = draw(sequences, base_BV, guided_BV)
+            if isinstance(self._runner, ServedRunner):
+                drawn = self._runner.settle(sequences, drawn)
             scores = self._guide.scores(sequences, [each.token for each in drawn])
         tokens = []
         for b, (sequence, each) in enumerate(zip(sequences, drawn, strict=True)):

@@ -23,9 +23,16 @@ class Guide:
     scorers' time as `value`. Raises VasError if two scorers bring the same objective.
     """
 
-    def __init__(self, scorers: Many[Scorer], eos_token_ids: Many[int], device: torch.device, clock: Clock) -> None:
+    def __init__(
+        self,
+        scorers: Many[Scorer],
+        eos_token_ids: Many[int],
+        device: torch.device,
+        clock: Clock,
+        vocabulary: int | None = None,
+    ) -> None:
         self._scorers = sorted(scorers, key=lambda scorer: isinstance(scorer, InProcess))  # what can overlap, first
-        self._clock = clock
+        self._clock, self._vocabulary = clock, vocabulary
         self._eos = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
         self.objectives: dict[str, int] = {}
         """Objective → its place in the last dimension of values."""
@@ -61,7 +68,7 @@ class Guide:
         k = torch.tensor([p.candidates for p in params])
         masses = [p.candidate_mass for p in params]
         adaptive = torch.tensor(masses, device=device) if min(masses) < 1 else None
-        tokens, valid = guidance.select_candidates(policy, k, self._eos, adaptive)
+        tokens, valid = guidance.select_candidates(policy[:, : self._vocabulary], k, self._eos, adaptive)
         strengths = self.strengths([sequences[b] for b in rows]).to(device)
         values = self.values(sequences, rows, tokens, valid, strengths)
         mean = torch.tensor([p.baseline == "mean" for p in params])

@@ -38,6 +38,16 @@ class BaseModel:
     tokenizer_digest: str
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.model.device
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids it knows."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
     def context_length(self) -> int | None:
         """Longest sequence the model has positions for, if its config says."""
         return context_length(self.model.config)

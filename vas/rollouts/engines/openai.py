@@ -16,10 +16,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from vas.config import RunConfig
 from vas.decoding.sequence import Completion, Request
 from vas.errors import VasError
+from vas.http import Client, Rejected
 from vas.models import bundled
 from vas.models.base import load_tokenizer, tokenizer_digest
 from vas.rollouts.engines.answers import ForeignTokens, Reader
-from vas.rollouts.engines.http import Client, Rejected
 
 logger = logging.getLogger(__name__)
 
