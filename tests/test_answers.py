@@ -4,19 +4,14 @@ import math
 
 import pytest
 from engines import EOS, FOX, content, ids
-from naive import request
 from tiny import tiny_tokenizer
 
-from vas.decoding.sequence import Completion
 from vas.errors import VasError
-from vas.rollouts.engines.answers import ForeignTokens, Reader
+from vas.models.answers import Answer, ForeignTokens, Reader
 
 
-def read(choice: dict, **sampling) -> Completion:
-    reader = Reader(tiny_tokenizer(), (EOS,))
-    return reader(
-        {"choices": [{"text": "the fox", "finish_reason": "stop"} | choice]}, request("r", (5, 6), **sampling)
-    )
+def read(choice: dict, stops: bool = False) -> Answer:
+    return Reader(tiny_tokenizer(), (EOS,))({"text": "the fox", "finish_reason": "stop"} | choice, "r", stops)
 
 
 def classic(pieces: list[str]) -> dict:
@@ -41,26 +36,25 @@ def pieces(text: str) -> list[str]:
 )
 def test_every_shape_of_answer_gives_the_same_tokens(choice, eos_told):
     found = read(choice)
-    assert found.token_ids == [*FOX, EOS]
+    assert found.tokens == [*FOX, EOS]
     assert found.logprobs[:-1] == [-0.5 - i for i in range(len(FOX))]
     assert found.logprobs[-1] == -0.5 - len(FOX) if eos_told else math.isnan(found.logprobs[-1])
     assert found.text == "the fox"
-    assert found.base_positions == 2 + len(FOX)
 
 
 @pytest.mark.parametrize("choice", [{}, {"logprobs": None}, {"logprobs": classic(["the f", "ox"])}])
 def test_without_tokens_the_text_is_encoded(choice):
     found = read(choice | {"finish_reason": "length"})
-    assert found.token_ids == FOX
+    assert found.tokens == FOX
     assert all(map(math.isnan, found.logprobs))
-    assert found.finish_reason == "length"
+    assert found.reason == "length"
 
 
 def test_a_response_that_a_stop_string_ended_has_no_eos():
     longer = classic(pieces("the fox and"))
-    assert read({"logprobs": longer, "stop_reason": " and"}, stop=(" and",)).token_ids == ids("the fox and")
-    assert read({"logprobs": classic(pieces("the fox"))}, stop=(" and",)).token_ids == FOX
-    assert read({"logprobs": classic(pieces("the fox")), "stop_reason": None}, stop=("z",)).token_ids == [*FOX, EOS]
+    assert read({"logprobs": longer, "stop_reason": " and"}, stops=True).tokens == ids("the fox and")
+    assert read({"logprobs": classic(pieces("the fox"))}, stops=True).tokens == FOX
+    assert read({"logprobs": classic(pieces("the fox")), "stop_reason": None}, stops=True).tokens == [*FOX, EOS]
 
 
 def test_ids_of_another_vocabulary_are_noticed():
@@ -75,14 +69,13 @@ def test_ids_of_another_vocabulary_are_noticed():
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        ({"choices": []}, "not a completion"),
         ({"error": "x"}, "not a completion"),
         ("text", "not a completion"),
-        ({"choices": [{"text": "a", "finish_reason": "content_filter"}]}, "another reason: content_filter"),
-        ({"choices": [{"text": "", "finish_reason": "length"}]}, "empty"),
+        ({"text": "a", "finish_reason": "content_filter"}, "another reason: content_filter"),
+        ({"text": "", "finish_reason": "length"}, "empty"),
     ],
     ids=str,
 )
 def test_an_answer_that_is_none_is_an_error(answer, problem):
     with pytest.raises(VasError, match=problem):
-        Reader(tiny_tokenizer(), (EOS,))(answer, request("r", (5, 6)))
+        Reader(tiny_tokenizer(), (EOS,))(answer, "r")

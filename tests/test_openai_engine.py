@@ -14,10 +14,12 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from vas import http
 from vas.decoding.sequence import Completion
 from vas.errors import VasError
 from vas.models.base import load_tokenizer
-from vas.rollouts.engines import http, make_engine
+from vas.models.server import Ask, Prefix
+from vas.rollouts.engines import make_engine
 from vas.rollouts.engines.openai import OpenAIEngine
 
 # --- a server's faults ------------------------------------------------------------------------------------------
@@ -34,8 +36,8 @@ def _little_patience(monkeypatch):
     monkeypatch.setattr(http, "FIRST_PAUSE", 0.02)
 
 
-def engine_at(url: str, model: str, **rollouts) -> OpenAIEngine:
-    return make_engine(config(model, base={"openai": url}, rollouts={"engine": "openai", **rollouts}))
+def engine_at(url: str, model: str, **base) -> OpenAIEngine:
+    return make_engine(config(model, base={"openai": url, **base}))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_a_prompt_as_text_becomes_the_same_tokens_at_the_server(tmp_path, adds_b
     with FaultyServer(ANSWER).serve() as url:
         engine = engine_at(url, str(tmp_path))
     prompt = tuple(tokenizer("<|user|>the dog<|end|>", add_special_tokens=False).input_ids)
-    text = engine.body(request("r", prompt), plain=True)["prompt"]
+    text = engine._server.body(Prefix(prompt), Ask(1), "text")["prompt"]
     assert tuple(tokenizer(text).input_ids) == prompt
     assert text.startswith("<|user|>") != adds_bos
 
@@ -188,9 +190,7 @@ def test_so_many_requests_are_in_flight(tokenizer_only):
 def test_the_key_is_sent_and_must_be_there(tokenizer_only, monkeypatch):
     server = FaultyServer(ANSWER)
     with server.serve() as url:
-        there = config(
-            tokenizer_only, base={"openai": url, "api_key_env": "VAS_TEST_KEY"}, rollouts={"engine": "openai"}
-        )
+        there = config(tokenizer_only, base={"openai": url, "api_key_env": "VAS_TEST_KEY"})
         with pytest.raises(VasError, match="key is not set"):
             make_engine(there)
         monkeypatch.setenv("VAS_TEST_KEY", "sesame")
@@ -198,10 +198,10 @@ def test_the_key_is_sent_and_must_be_there(tokenizer_only, monkeypatch):
     assert server.headers[0]["Authorization"] == "Bearer sesame"
 
 
-def test_guidance_is_not_for_servers(tokenizer_only):
+def test_without_a_value_model_there_is_no_guidance(tokenizer_only):
     with FaultyServer(ANSWER).serve() as url:
         found = engine_at(url, tokenizer_only).generate([request("r", prompts(5)[0], ONE), request("e", ())])
-    assert "cannot be guided" in str(found[0])
+    assert "no value model" in str(found[0])
     assert "prompt is empty" in str(found[1])
 
 

@@ -29,10 +29,16 @@ def test_gpus_that_share_a_model_must_be_there():
 
 
 def test_a_run_may_go_on_at_another_address_and_with_more_patience():
-    here = config("m", base={"openai": "http://a"}, rollouts={"engine": "openai"})
-    there = config("m", base={"openai": "http://b", "api_key_env": "K"}, rollouts={"engine": "openai", "attempts": 9})
+    here = config("m", base={"openai": "http://a"})
+    there = config("m", base={"openai": "http://b", "api_key_env": "K", "attempts": 9})
     assert here.digest() == there.digest()
-    assert here.digest() != config("m", base={"openai": "http://a"}).digest()
+    assert here.digest() != config("m").digest()
+
+
+def test_a_model_that_is_only_called_has_no_weights_to_load():
+    with pytest.raises(VasError, match="loads the base model's weights"):
+        config("m", base={"openai": "http://a"}, rollouts={"engine": "vllm"})
+    config("m", base={"openai": "http://a", "local_weights": True}, rollouts={"engine": "vllm"})
 
 
 # --- transformers -----------------------------------------------------------------------------------------------
@@ -51,11 +57,11 @@ def test_the_default_engine_gives_the_tokens_of_the_decoding_engine(tmp_path):
     assert engine.tokenizer_digest == tiny_base().tokenizer_digest
 
 
-def test_guidance_takes_the_default_engine_whatever_samples_the_rollouts(tmp_path):
+def test_guidance_takes_local_weights_whatever_samples_the_rollouts(tmp_path):
     base, value = save_tiny_base(tmp_path / "base"), tmp_path / "value"
     tiny_value().save_pretrained(value)
     tiny_tokenizer().save_pretrained(value)
-    openai = config(base, base={"openai": "http://127.0.0.1:9"}, rollouts={"engine": "openai"})
+    openai = config(base, base={"openai": "http://127.0.0.1:9", "local_weights": True})
     engine = make_engine(openai, str(value))
     assert isinstance(engine, TransformersEngine)
     assert engine.generate([request("r", prompts(5)[0], ONE)])[0].guided_steps

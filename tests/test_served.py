@@ -3,29 +3,33 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
-from openai_server import MODEL, llama_server
+from openai_server import MODEL, llama_server, proxy
 from tiny import tiny_value
 
+from vas import http
+from vas.config import Base
 from vas.decoding.engine import Engine
+from vas.decoding.loop import Loop
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
-from vas.http import Client
-from vas.models.base import load_tokenizer, tokenizer_digest
-from vas.models.served import ServedModel
-from vas.rollouts.engines.openai import eos_token_ids
+from vas.errors import VasError
+from vas.http import Rejected
+from vas.models.base import encode_prompt
+from vas.models.served import ServedModel, open_base
+from vas.models.server import Ask, Prefix
+from vas.schema import Prompt
 
 TEXT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[ServedModel]:
-    tokenizer = load_tokenizer(MODEL, None)
     with llama_server() as url:
-        client = Client(url, None, 60, 3, 2)
-        digest = tokenizer_digest(tokenizer)
-        yield ServedModel(MODEL, tokenizer, eos_token_ids(MODEL, None, tokenizer), digest, client, MODEL, 2)
+        yield open_base(Base(model=MODEL, openai=url, concurrency=2))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def prompt(served: ServedModel) -> tuple[int, ...]:
 
 
 def test_what_is_told_and_what_is_not_make_one(served, prompt):
-    (ahead,) = served.ahead([prompt])
+    ahead = served.ahead(Prefix(prompt)).result()
     assert len(ahead.tokens) == served.top == 200
     assert list(ahead.logprobs) == sorted(ahead.logprobs, reverse=True)
     assert served.tokenizer.decode(ahead.tokens[0]) == " Paris"
@@ -42,20 +46,20 @@ def test_what_is_told_and_what_is_not_make_one(served, prompt):
 
 
 def test_what_is_not_told_can_be_drawn(served, prompt):
-    ahead = served._ask(prompt, 5)
-    drawn = [served.draw(prompt, ahead, seed) for seed in range(8)]
+    ahead = served._ahead(Prefix(prompt), 5)
+    drawn = [served.draw(Prefix(prompt), ahead, seed).result() for seed in range(8)]
     assert not {token for token, _ in drawn} & set(ahead.tokens)
     assert all(logprob <= ahead.logprobs[-1] + 1e-3 for _, logprob in drawn)
     assert len(Counter(token for token, _ in drawn)) > 1
-    assert drawn[0] == served.draw(prompt, ahead, 0)
+    assert drawn[0] == served.draw(Prefix(prompt), ahead, 0).result()
 
 
 def test_greedy_text_is_the_servers_own(served, prompt):
-    body = {"model": MODEL, "prompt": list(prompt), "max_tokens": 16, "temperature": 0}
-    expected = served._client.post("completions", body)["choices"][0]["text"]
-    sampling = SamplingParams(temperature=0, max_tokens=16)
-    (answer,) = Engine(served).generate([Request("greedy", prompt, sampling)])
-    assert answer.text == expected
+    [choice] = served.server.ask(Prefix(prompt), Ask(16, temperature=0))
+    for logprobs in (0, 1):  # in one call, and in one for each token
+        sampling = SamplingParams(temperature=0, max_tokens=16, logprobs=logprobs)
+        (answer,) = Engine(served).generate([Request("greedy", prompt, sampling)])
+        assert answer.text == choice["text"]
 
 
 def test_guidance_is_what_it_is_for_local_weights(served, prompt):
@@ -71,3 +75,171 @@ def test_guidance_is_what_it_is_for_local_weights(served, prompt):
     assert low.kl > 0 < high.kl
     (base,) = Engine(served).generate([Request("base", prompt, SamplingParams(max_tokens=8, seed=3))])
     assert base.token_ids == none.token_ids
+
+
+# --- forms of servers -------------------------------------------------------------------------------------------
+
+CHAT = ({"role": "user", "content": "What is the capital of France?"},)
+
+
+def chats_only(path: str, body: dict):
+    return (404, {}, {"error": {"message": "no such path"}}) if path == "/v1/completions" else None
+
+
+def begins_anew(path: str, body: dict):
+    """As OpenAI's own do with a chat that ends with the assistant's words: they are a message like any other."""
+    if body.get("messages", [{"role": ""}])[-1]["role"] == "assistant":
+        body["messages"].append({"role": "user", "content": "Go on."})
+    return chats_only(path, body)
+
+
+def text_only(path: str, body: dict):
+    if not isinstance(body["prompt"], str):
+        return 400, {}, {"error": {"message": "prompt must be a string"}}
+    return None
+
+
+def no_logprobs(path: str, body: dict):
+    body.pop("logprobs", None)
+
+
+@contextmanager
+def served_behind(url: str, change, **base) -> Iterator[ServedModel]:
+    with proxy(url, change) as front:
+        yield open_base(Base(model=MODEL, openai=front, concurrency=2, **base))
+
+
+def asked(model: ServedModel, name: str, schedule: str = "token", beta: float = 4.0, **sampling) -> Request:
+    tokens = encode_prompt(model.tokenizer, Prompt("", CHAT))
+    knobs = {"max_tokens": 12, "seed": 5, **sampling}
+    guidance = GuidanceParams({"any": beta}, 4, schedule=schedule)
+    return Request(name, tuple(tokens), SamplingParams(**knobs), guidance, messages=CHAT)
+
+
+def guided_by_any(model: ServedModel) -> Engine:
+    return Engine(model, [make_scorer("value", tiny_value(objectives=("any",), vocab=model.vocabulary))])
+
+
+@pytest.mark.parametrize(("change", "form"), [(chats_only, "chat"), (text_only, "text")])
+def test_every_form_of_server_is_guided_alike(served, change, form):
+    """Greedy, and where the texts have the same tokens, so are the answers."""
+    [expected] = guided_by_any(served).generate([asked(served, "r", beta=0.5, temperature=0.0, max_tokens=8)])
+    with served_behind(served.server.client.url, change) as other:
+        assert other.server.form == form
+        assert other.server.continues
+        [found] = guided_by_any(other).generate([asked(other, "r", beta=0.5, temperature=0.0, max_tokens=8)])
+    assert found.text == expected.text
+    assert found.guided_logprobs == pytest.approx(expected.guided_logprobs, abs=0.05)
+
+
+def test_a_server_that_begins_anew_is_guided_by_whole_responses(served):
+    with served_behind(served.server.client.url, begins_anew) as model:
+        assert not model.server.continues
+        assert "begins every response anew" in model.abilities()
+        engine = guided_by_any(model)
+        with pytest.raises(VasError, match="begins every response anew"):
+            engine.check(asked(model, "token"))
+        with pytest.raises(VasError, match="N of at least max_tokens"):
+            engine.check(asked(model, "block", "block:4"))
+        [whole] = engine.generate([asked(model, "whole", "block:12")])
+    assert whole.text
+    assert whole.guided_steps == 1
+
+
+def test_without_logprobs_there_are_blocks(served):
+    with served_behind(served.server.client.url, no_logprobs) as model:
+        assert model.top == 0
+        engine = guided_by_any(model)
+        with pytest.raises(VasError, match="guide by blocks"):
+            engine.check(asked(model, "token"))
+        [found] = engine.generate([asked(model, "block", "block:4")])
+    assert found.text
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_take_few_calls_and_draw_by_value(served):
+    """Four continuations of four tokens, two a call, for that is what this server gives: 12 tokens in six calls."""
+    engine, before = guided_by_any(served), served.server.cost["calls"]
+    found = [engine.generate([asked(served, "r", "block:4", beta)])[0] for beta in (-8.0, 8.0)]
+    calls = served.server.cost["calls"] - before
+    tokens = sum(len(each.token_ids) for each in found)
+    assert calls <= 2 * (tokens / 4 + 2) + 1  # the first finds out how many choices a call may have
+    assert found[0].token_ids != found[1].token_ids
+    assert all(0 < each.kl < each.guided_steps * math.log(4) + 1e-6 for each in found)
+    assert all(len(each.token_ids) == 12 or each.finish_reason == "stop" for each in found)
+
+
+def test_a_stop_string_ends_a_block_early(served):
+    [whole] = guided_by_any(served).generate([asked(served, "r", "block:6")])
+    stop = whole.text[4:8]
+    [cut] = guided_by_any(served).generate([asked(served, "r", "block:6", stop=(stop,))])
+    assert cut.finish_reason == "stop"
+    assert whole.text.startswith(cut.text)
+    assert stop not in cut.text
+
+
+# --- faults -----------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_fails_ends_its_response_alone(served, monkeypatch):
+    monkeypatch.setattr(http, "FIRST_PAUSE", 0.01)
+    odd = [
+        (400, {}, {"error": {"message": "context length exceeded"}}),
+        (200, {}, {"choices": [{"text": " a", "finish_reason": "length"}]}),
+        (200, {}, {"nothing": 1}),
+        (200, {}, "<html>"),
+        (500, {}, "broken"),
+    ]
+    passing = [(429, {"Retry-After": "0.01"}, {}), (503, {}, {}), (200, {}, "{")]
+    calls = {}
+
+    def change(path: str, body: dict):
+        bad = body["prompt"][-1] if isinstance(body["prompt"], list) else None
+        calls[bad] = calls.get(bad, 0) + 1
+        if bad in marks:
+            return odd[marks[bad]]
+        return passing[calls[bad]] if bad == once and calls[bad] < len(passing) else None
+
+    marks: dict[int, int] = {}
+    once = -1
+    with served_behind(served.server.client.url, change, attempts=3) as model:
+        words = model.tokenizer(" red green blue white black gold").input_ids
+        marks |= {word: i for i, word in enumerate(words[:5])}
+        once = words[5]
+        base = asked(model, "")
+        requests = [
+            replace(base, request_id=str(i), prompt_token_ids=(*base.prompt_token_ids, w)) for i, w in enumerate(words)
+        ]
+        loop = Loop(lambda: guided_by_any(model))
+        found = loop.generate(requests)
+        [alone] = guided_by_any(model).generate([requests[5]])
+    *failed, good = found
+    for each, said in zip(
+        failed, ["context length", "no log-probs", "not a completion", "not JSON", "500"], strict=True
+    ):
+        assert isinstance(each, VasError)
+        assert said in str(each)
+    assert good.token_ids == alone.token_ids
+
+
+def test_what_no_call_would_escape_is_said_at_once(served):
+    refuse = []
+
+    def change(path: str, body: dict):
+        return (401, {}, {"error": {"message": "wrong key"}}) if refuse else None
+
+    with served_behind(served.server.client.url, change) as model:
+        refuse.append(True)
+        loop = Loop(lambda: guided_by_any(model))
+        with pytest.raises(Rejected, match="wrong key"):
+            loop.generate([asked(model, "a"), asked(model, "b")])
+        engine = guided_by_any(model)
+        with pytest.raises(VasError, match="wrong key"):
+            engine.generate([asked(model, "a")])
+        assert not engine.busy
+        with pytest.raises(VasError, match="wrong key"):
+            list(engine.stream(asked(model, "a")))
+        assert not engine.busy
+        assert not engine.failed

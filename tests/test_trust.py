@@ -12,6 +12,7 @@ from tiny import tiny_base, tiny_tokenizer, tiny_value
 
 from vas.evaluation.states import state_values
 from vas.evaluation.trust import ROWS, card_section, judge, to_json
+from vas.models.server import Prefix
 from vas.rollouts.plan import BASE_SETTING, Plan, setting_key
 from vas.rollouts.sampler import Sampler
 from vas.schema import Prompt
@@ -148,7 +149,7 @@ def test_values_of_states_and_of_their_candidates(tmp_path):
     generator = np.random.default_rng(8)
     states = [tuple(generator.integers(4, 290, size=size).tolist()) for size in [1, *generator.integers(2, 40, 19)]]
     final = [(*states[n], tiny_tokenizer().eos_token_id) for n in (3, 1)]
-    found = state_values(run.config, run.value, states, final)
+    found = state_values(run.config, run.value, [Prefix(s) for s in states], [Prefix(s) for s in final])
     assert found.spread_NJ.shape == (20, 2)
     base = tiny_base().model
     for n, state in enumerate(states):
@@ -162,7 +163,7 @@ def test_values_of_states_and_of_their_candidates(tmp_path):
         assert found.spread_NJ[n] == pytest.approx(expected.numpy(), abs=1e-4)
     for n, state in enumerate(final):
         assert found.final_MJ[n] == pytest.approx(value(torch.tensor([state]))[0, -1].numpy(), abs=1e-4)
-    assert state_values(run.config, run.value, states[:1], []).final_MJ.shape == (0, 2)
+    assert state_values(run.config, run.value, [Prefix(states[0])], []).final_MJ.shape == (0, 2)
 
 
 # --- roll-in ---------------------------------------------------------------------------------------

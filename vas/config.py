@@ -23,8 +23,8 @@ Strengths = dict[str, float]
 
 # Keys of other sections that, as `resources` do, say where and how patiently a run computes, and not what.
 PLACES = {
-    "base": {"openai", "api_key_env"},
-    "rollouts": {"tensor_parallel", "concurrency", "timeout", "attempts"},
+    "base": {"openai", "api_key_env", "concurrency", "timeout", "attempts", "most_calls", "most_tokens"},
+    "rollouts": {"tensor_parallel"},
 }
 
 
@@ -38,12 +38,36 @@ class Base(Section):
     linears: Linears = "exact"
     """Linear layers of base and value model on a CPU: in the model's dtype, or nearly as exact and faster:
     with bfloat16 or 8-bit weights. `fastest` measures which is, on this machine."""
+    tokenizer: str | None = None
+    """Its tokenizer's id or path, where `model` is not one, as for a model that can only be called."""
     openai: str | None = None
-    """Base URL of an OpenAI-compatible server that serves the model; `rollouts.engine: openai` samples there."""
+    """Base URL of an OpenAI-compatible server that serves the model: its weights are not needed then."""
     api_key_env: str | None = None
     """Environment variable that holds that server's key."""
     served_name: str | None = None
     """The model's name at that server; default `model`."""
+    local_weights: bool = False
+    """Load the weights although there is a server: then it samples rollouts, and responses are guided here."""
+    concurrency: int = Field(16, gt=0)
+    """Calls of the server in flight at once, per actor."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds that a call may take before it is tried again."""
+    attempts: int = Field(6, gt=0)
+    """How often a call is sent before its response counts as failed."""
+    most_calls: int | None = Field(None, gt=0)
+    """Calls that a run may make in all, retries included. What is unfinished then waits for a larger number."""
+    most_tokens: int | None = Field(None, gt=0)
+    """Tokens that a run may be charged for in all, prompts included, as the server counts them."""
+
+    @property
+    def tokenizer_id(self) -> str:
+        """Where its tokenizer is found."""
+        return self.tokenizer or self.model
+
+    @property
+    def called(self) -> bool:
+        """Whether the model is only called, and its weights are never loaded."""
+        return self.openai is not None and not self.local_weights
 
 
 class Prompts(Section):
@@ -91,16 +115,10 @@ class Rollouts(Section):
     roll_in: list[Strengths] = Field(default_factory=list)
     """Settings of β under which responses begin in rounds after the first; by default those of evaluation."""
     engine: Literal["transformers", "vllm", "openai"] = "transformers"
-    """What samples rollouts: this package, vLLM inside the actors, or the server at `base.openai`. Guided responses
-    are always sampled by `transformers`."""
+    """What samples rollouts: this package, vLLM inside the actors, or the server at `base.openai`, which is the
+    default where there is one. Guided responses are sampled by `transformers`, or with that server's help."""
     tensor_parallel: int = Field(1, gt=0)
     """GPUs that share one model, with the engine `vllm`; an actor needs as many."""
-    concurrency: int = Field(16, gt=0)
-    """Requests in flight at once, per actor, with the engine `openai`."""
-    timeout: float = Field(600.0, gt=0)
-    """Seconds that such a request may take before it is tried again."""
-    attempts: int = Field(6, gt=0)
-    """How often such a request is sent before its response counts as failed."""
 
 
 class Lora(Section):
@@ -306,8 +324,15 @@ class RunConfig(Section):
             alone: list[Strengths] = [{name: beta} for name in self.rewards for beta in (2.0, 4.0, 8.0)]
             together: list[Strengths] = [dict.fromkeys(self.rewards, 4.0)] if len(self.rewards) > 1 else []
             self.evaluation.strengths = alone + together
+        if self.base.openai and "engine" not in self.rollouts.model_fields_set:
+            self.rollouts.engine = "openai"
         if self.rollouts.engine == "openai" and not self.base.openai:
             raise ValueError("rollouts.engine: openai needs base.openai, the server's address")
+        if self.base.called and self.rollouts.engine != "openai":
+            raise ValueError(
+                f"rollouts.engine: {self.rollouts.engine} loads the base model's weights, and base.openai is there to "
+                "do without: leave one of them out, or set base.local_weights"
+            )
         sharing, gpus = self.rollouts.tensor_parallel, self.resources.gpus_per_actor
         if self.rollouts.engine == "vllm" and sharing > 1 and gpus != sharing:
             raise ValueError(

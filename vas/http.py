@@ -6,6 +6,7 @@ import logging
 import random
 import threading
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -25,12 +26,12 @@ BUSY = (408, 409, 429)
 class Rejected(Exception):
     """The server would not do it, however often it is asked.
 
-    whole: whatever else it is asked, it would not do that either.
+    whole: whatever else it is asked, it would not do that either. status: what it answered, if it did.
     """
 
-    def __init__(self, error: VasError, whole: bool) -> None:
+    def __init__(self, error: VasError, whole: bool, status: int | None = None) -> None:
         super().__init__(str(error))
-        self.error, self.whole = error, whole
+        self.error, self.whole, self.status = error, whole, status
 
 
 class Client:
@@ -41,10 +42,19 @@ class Client:
     come back all at once, and are never shorter than a Retry-After.
 
     url: the base URL; /v1 is added if it has no path. key: sent as a bearer token. timeout: seconds an answer may take.
+    allow: called before each attempt; what it raises ends the call.
     """
 
-    def __init__(self, url: str, key: str | None, timeout: float, attempts: int, connections: int) -> None:
-        self.url, self.attempts = _base(url), attempts
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        timeout: float,
+        attempts: int,
+        connections: int,
+        allow: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.url, self.attempts, self._allow = _base(url), attempts, allow
         self.counts: Counter[str] = Counter()
         """`calls`: requests sent; `retries`: those of them that were not the first."""
         self._lock = threading.Lock()
@@ -63,6 +73,7 @@ class Client:
         """
         where = f"{self.url}/{path}"
         for attempt in range(1, self.attempts + 1):
+            self._allow()
             self._count(attempt)
             asked = None
             try:
@@ -71,7 +82,8 @@ class Client:
                     return response.json()
                 problem = _message(response)
                 if not _may_pass(response):
-                    raise Rejected(_error(response.status_code, problem, where), _whole(response))
+                    status = response.status_code
+                    raise Rejected(_error(status, problem, where), _whole(response), status)
                 asked = retry_after(response.headers.get("Retry-After"))
             except httpx2.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
@@ -86,8 +98,8 @@ class Client:
         gave_up = VasError(
             f"the server gave no answer in {attempt} attempts; the last: {problem}",
             where,
-            "run again, and only what failed is sampled; more patience: rollouts.attempts, rollouts.timeout; "
-            "less load: rollouts.concurrency",
+            "run again, and only what failed is sampled; more patience: base.attempts, base.timeout; "
+            "less load: base.concurrency",
         )
         if not self._reached:  # most likely it was never started, or this is not its address
             raise Rejected(

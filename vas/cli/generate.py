@@ -17,6 +17,7 @@ from vas.schema import Prompt
 if TYPE_CHECKING:  # torch loads once everything that may be refused at once has been looked at
     from vas.decoding.engine import Engine
     from vas.models.base import BaseModel
+    from vas.models.served import ServedModel
 
 
 def generate_text(
@@ -42,11 +43,14 @@ def generate_text(
     how, guidance = SamplingParams.of(sampling, seed), GuidanceParams.of(evaluation, strengths)
     if strengths and not run.done("train"):
         raise VasError("the run has no finished value model", run.location, f"vas run {run.location}")
+    from vas.models.base import encode_prompt
+
     base, engine = load_engine(run, guided=bool(strengths))
     output = Console()
-    tokens = _encode(base, run.config.prompts.system, prompt)
+    chat = _chat(run.config.prompts.system, prompt)
+    tokens = encode_prompt(base.tokenizer, Prompt("", chat))
     for i in range(samples):
-        request = Request(f"sample {i}", tuple(tokens), replace(how, seed=seed + i), guidance)
+        request = Request(f"sample {i}", tuple(tokens), replace(how, seed=seed + i), guidance, messages=chat)
         for token in engine.stream(request):
             text = "".join(c for c in token.text if c.isprintable() or c in "\n\t")  # no escapes to the terminal
             if plain or not output.is_terminal:
@@ -66,24 +70,22 @@ def _check_strengths(strengths: dict[str, float], run: RunDirectory) -> None:
             raise VasError(f"the strength of '{name}' is not a finite number", where, "give a number, e.g. 2")
 
 
-def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel, Engine]:
+def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel | ServedModel, Engine]:
     """A run's base model, and an engine with its value model when one is needed."""
     from vas.decoding.engine import Engine
     from vas.decoding.scorer import load_scorer
-    from vas.models.base import load_base, quieten
+    from vas.models.base import quieten
+    from vas.models.served import open_base
 
     quieten()
-    base, linears = load_base(run.config.base), run.config.base.linears
+    base, linears = open_base(run.config.base), run.config.base.linears
     scorers = [load_scorer(run.config.value.name, run.value, base, linears)] if guided else []
     return base, Engine(base, scorers, linears=linears, free=True)
 
 
-def _encode(base: BaseModel, system: str | None, prompt: str) -> list[int]:
-    """Token ids of a chat of one message, after the run's system message."""
-    from vas.models.base import encode_prompt
-
-    messages = ({"role": "system", "content": system},) if system else ()
-    return encode_prompt(base.tokenizer, Prompt("", (*messages, {"role": "user", "content": prompt})))
+def _chat(system: str | None, prompt: str) -> tuple[dict[str, str], ...]:
+    """A chat of one message, after the run's system message."""
+    return (*(({"role": "system", "content": system},) if system else ()), {"role": "user", "content": prompt})
 
 
 def _shaded(text: str, token: Token) -> Text:

@@ -21,6 +21,8 @@ from vas.decoding.scorer import Scorer
 from vas.decoding.sequence import Completion, Drawn, Request, Score, Sequence, Token
 from vas.decoding.served import ServedRunner
 from vas.errors import VasError, nearest
+from vas.http import Rejected
+from vas.models.answers import Answer
 from vas.models.base import BaseModel
 from vas.models.served import ServedModel
 
@@ -71,6 +73,9 @@ class Engine:
         """How often a sequence was sent back to wait."""
         self.interrupted: tuple[str, ...] = ()
         """Requests that were running when a step failed last; they wait again, the oldest first."""
+        self.failed: dict[str, Exception] = {}
+        """Requests that ended without a completion, and why: VasError, or Rejected for what would end any other, too.
+        Only calls of a server fail like this. Whoever reads it empties it."""
         self._completions: dict[str, Completion] = {}
         self._streams: dict[str, deque[Token]] = {}
 
@@ -89,6 +94,9 @@ class Engine:
             if name not in self.objectives:
                 raise VasError(f"no value model knows the objective '{name}'", mend=nearest(name, self.objectives))
         scorers = self._guide.scorers_of(request)
+        if isinstance(self._base, ServedModel):
+            size = request.guidance.block_size or 0
+            self._base.check(request.guidance.blockwise, whole=size >= request.sampling.max_tokens)
         for scorer in scorers:
             if request.guidance.blockwise and scorer.relative:
                 raise VasError(
@@ -136,6 +144,8 @@ class Engine:
                 self.add(request)
                 done[request.request_id] = None
             while None in done.values():
+                for request_id in done.keys() & self.failed.keys():
+                    raise _told(self.failed[request_id])
                 if not self.busy:
                     raise VasError("a request was aborted, or decoded by somebody else", str(list(done)[:3]))
                 for token in self.step():
@@ -144,6 +154,7 @@ class Engine:
         except BaseException:
             for request_id in done:
                 self.abort(request_id)
+                self.failed.pop(request_id, None)
             raise
         return [completion for completion in done.values() if completion]
 
@@ -161,6 +172,8 @@ class Engine:
                     yield token
                     if token.finish_reason:
                         return
+                if request.request_id in self.failed:
+                    raise _told(self.failed.pop(request.request_id))
                 if request.request_id not in self._completions:
                     raise VasError("the request was aborted", request.request_id)
                 self.step()
@@ -243,7 +256,39 @@ class Engine:
                 self._prefill()
             self._begin_blocks()
             sequences = [s for s in self._scheduler.running if s.ready]
+            if sequences and isinstance(self._runner, ServedRunner):
+                return self._advance_arrived(sequences, self._runner)
             return self._advance(sequences) if sequences else []
+
+    def _advance_arrived(self, sequences: list[Sequence], runner: ServedRunner) -> list[Token]:
+        """Append what a server has told to those sequences that it has answered for."""
+        with self.clock.part("base"):
+            arrived, failed = runner.arrived([s for s in sequences if s.fork == 0])
+        for sequence, error in failed:
+            self._fail(sequence, error)
+        blocks = [s.block for s in arrived if s.block]
+        for block in blocks:
+            runner.fill(block)
+        answers = {s: runner.whole(s) for s in arrived if not s.block}
+        tokens = [token for s, answer in answers.items() if answer for token in self._take_whole(s, answer)]
+        single = [s for s, answer in answers.items() if answer is None]
+        tokens += self._advance(single) if single else []
+        return tokens + self._finish_blocks([each for block in blocks for each in block.continuations])
+
+    def _take_whole(self, sequence: Sequence, answer: Answer) -> Iterator[Token]:
+        """Add all that is left of a response."""
+        for place, (token, logprob) in enumerate(zip(answer.tokens, answer.logprobs, strict=True), 1):
+            sequence.response.append(token)
+            ends = answer.reason if place == len(answer.tokens) else None
+            yield self._take_in(sequence, Drawn(token, logprob, logprob, 0.0), ends=ends)
+            if sequence not in self._scheduler.running:
+                return
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End a request without a completion."""
+        self._leave(sequence)
+        del self._completions[sequence.request.request_id]
+        self.failed[sequence.request.request_id] = error
 
     def _advance(self, sequences: list[Sequence]) -> list[Token]:
         """Append one token to each of these."""
@@ -257,11 +302,15 @@ class Engine:
             guided_BV = self._guide(sequences, base_BV)
         with self.clock.part("sample"):
             drawn = draw(sequences, base_BV, guided_BV)
+            failed: dict[int, Exception] = {}
             if isinstance(self._runner, ServedRunner):
-                drawn = self._runner.settle(sequences, drawn)
+                drawn, failed = self._runner.settle(sequences, drawn)
             scores = self._guide.scores(sequences, [each.token for each in drawn])
         tokens = []
         for b, (sequence, each) in enumerate(zip(sequences, drawn, strict=True)):
+            if b in failed:
+                self._fail(sequence, failed[b])
+                continue
             sequence.response.append(each.token)
             if sequence.block is None:
                 tokens.append(self._take_in(sequence, each, scores.get(b)))
@@ -333,8 +382,10 @@ class Engine:
             sequence.completion.base_positions += 1
         return logits_BV
 
-    def _take_in(self, sequence: Sequence, drawn: Drawn, scores: dict[str, Score] | None = None) -> Token:
-        """Add a token to its request's completion; a finished sequence leaves at once."""
+    def _take_in(
+        self, sequence: Sequence, drawn: Drawn, scores: dict[str, Score] | None = None, ends: str | None = None
+    ) -> Token:
+        """Add a token to its request's completion; a finished sequence leaves at once. ends: why it is the last."""
         request, completion, text = sequence.request, sequence.completion, sequence.text
         fresh = text.push(drawn.token)
         reason = None
@@ -342,6 +393,7 @@ class Engine:
             reason = "stop"
         elif len(request.begun) + len(completion.token_ids) + 1 == request.sampling.max_tokens:
             reason = "length"
+        reason = reason or ends
         if reason:
             fresh += text.push(None)
             self._leave(sequence)
@@ -388,3 +440,8 @@ class Engine:
             self._runner.cache.free(each.owner)
             for scorer in self._guide.scorers_of(each.request):
                 scorer.close(each.owner)
+
+
+def _told(error: Exception) -> Exception:
+    """What a failure is to whoever asked for that one request."""
+    return error.error if isinstance(error, Rejected) else error

@@ -21,6 +21,7 @@ from vas.decoding.engine import Engine
 from vas.decoding.faults import alone, describe, is_fatal, is_memory
 from vas.decoding.sequence import Completion, Request, Token
 from vas.errors import EngineDied, VasError
+from vas.http import Rejected
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +156,21 @@ class Loop:
                 done.seconds = self._seconds[name]
                 self.positions += done.base_positions
                 self._forget(name).set_result(done)
+        for name in list(engine.failed):
+            self._fail(name, engine.failed.pop(name))
         if self._after is not None:
             self._after(len(tokens), seconds)
         self._good += 1
         if engine.max_sequences < self._most and self._good >= GROW_AFTER:
             self._allow(engine, 2 * engine.max_sequences)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        """End a request without a completion; where it was refused whatever it is, its caller need not ask for more."""
+        result = self._forget(request_id)
+        if isinstance(error, Rejected):
+            result.set_exception(error)
+        else:
+            result.set_result(alone(error, request_id))
 
     def _forget(self, request_id: str) -> Future[Result]:
         """Nothing more is to be done for a request, but to set its result."""

@@ -23,6 +23,7 @@ from vas.decoding.cache import KVCache
 from vas.decoding.runner import ModelRunner
 from vas.errors import VasError
 from vas.models.base import BaseModel
+from vas.models.served import ServedModel
 from vas.models.value import ValueModel, check_tokenizers
 
 READ_TOGETHER = 256  # tokens of a text that is scored, in one pass
@@ -266,11 +267,11 @@ def make_scorer(name: str, model: ValueModel, linears: Linears = "exact", free: 
     return (VocabScorer if model.scores_vocabulary else ValueScorer)(name, model, linears, free)
 
 
-def load_scorer(name: str, location: str, base: BaseModel, linears: Linears) -> InProcess:
+def load_scorer(name: str, location: str, base: BaseModel | ServedModel, linears: Linears) -> InProcess:
     """The scorer of a stored value model, on the base model's device; it keeps nothing of the model that it can spare.
 
     Raises VasError for a checkpoint that cannot be loaded, or one whose tokenizer is not the base model's.
     """
-    model = ValueModel.load(location, base.model.device)
+    model = ValueModel.load(location, base.device)
     check_tokenizers(model.config, base.name, base.tokenizer_digest)
     return make_scorer(name, model, linears, free=True)

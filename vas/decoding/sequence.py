@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from statistics import fmean
@@ -144,6 +144,9 @@ class Request:
 
     They count towards `max_tokens`; a completion has those alone that come after them.
     """
+    messages: tuple[Mapping[str, str], ...] = ()
+    """The chat that the prompt is of, for base models behind a server that takes nothing else; one that ends with the
+    assistant's words has a response that has begun."""
 
 
 class Drawn(NamedTuple):

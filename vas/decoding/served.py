@@ -1,26 +1,36 @@
-"""Runs a base model that is behind a server: in the engine it takes the place of `runner.ModelRunner`."""
+"""Runs a base model that can only be called: in the engine it takes the place of `runner.ModelRunner`.
+
+A step of the engine takes along the sequences whose answers are there; the others are not waited for.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vas.decoding.blocks import Block
 from vas.decoding.sampler import fork
 from vas.decoding.sequence import Drawn, SamplingParams
 from vas.decoding.sequence import Sequence as Running
+from vas.models.answers import Answer
 from vas.models.served import Ahead, ServedModel
+from vas.models.server import Ask, Prefix
+
+PATIENCE = 0.05  # seconds of waiting for an answer, between looks for new requests
 
 
-class Texts:
-    """The tokens of the sequences, in place of their keys and values, which the server has."""
+class Calls:
+    """The calls of the sequences, in place of their keys and values, which the server has."""
 
     limit = None
 
     def __init__(self) -> None:
-        self.tokens: dict[Hashable, list[int]] = {}
+        self.of: dict[Hashable, list[Future[Any]]] = {}
 
     def fits(self, rows: int, width: int) -> bool:
         """There is always room."""
@@ -31,16 +41,15 @@ class Texts:
         return 0
 
     def add(self, owner: Hashable) -> None:
-        """A new sequence."""
-        self.tokens[owner] = []
+        """A new sequence, not asked for yet."""
 
     def copy(self, source: Hashable, target: Hashable, length: int) -> None:
         """Begin `target` as `source` begins."""
-        self.tokens[target] = self.tokens[source][:length]
 
     def free(self, owner: Hashable) -> None:
         """Forget a sequence."""
-        del self.tokens[owner]
+        for future in self.of.pop(owner, ()):
+            future.cancel()
 
     def memory(self) -> int:
         """Bytes of keys and values."""
@@ -48,7 +57,7 @@ class Texts:
 
 
 class ServedRunner:
-    """Asks the server for the next tokens of every sequence, all at once.
+    """Asks the server for what comes next in every sequence.
 
     Log-probs have a column more than there are tokens, for all that the server does not tell: its mass is known. Where
     that is drawn, `settle` has the server draw one of them.
@@ -57,23 +66,64 @@ class ServedRunner:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self.device = model.device
-        self.cache = Texts()
+        self.cache = Calls()
         self._ahead: dict[Hashable, Ahead] = {}
 
+    def arrived(self, sequences: Sequence[Running]) -> tuple[list[Running], list[tuple[Running, Exception]]]:
+        """Those of the sequences whose answers are there, and those whose calls failed: VasError, or Rejected.
+
+        All of them are asked for. For blocks these are the first continuations alone. Waits a little if there is none.
+        """
+        calls = self.cache.of
+        for sequence in sequences:
+            if sequence.owner not in calls:
+                calls[sequence.owner] = self._ask(sequence)
+        waiting = {future for sequence in sequences for future in calls[sequence.owner] if not future.done()}
+        if waiting and not any(_done(calls[sequence.owner]) for sequence in sequences):
+            wait(waiting, PATIENCE, FIRST_COMPLETED)
+        good: list[Running] = []
+        failed: list[tuple[Running, Exception]] = []
+        for sequence in sequences:
+            if not _done(calls[sequence.owner]):
+                continue
+            errors = [future.exception() for future in calls[sequence.owner]]
+            error = next((each for each in errors if isinstance(each, Exception)), None)
+            if error is None:
+                good.append(sequence)
+            else:
+                failed.append((sequence, error))
+        return good, failed
+
     def extend(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]], logits: bool = False) -> Tensor:
-        """Append tokens to sequences; with logits, log π0 of what follows each: [B, V + 1], else nothing."""
-        for owner, each in zip(owners, tokens, strict=True):
-            self.cache.tokens[owner] += each
-        width = self._model.vocabulary + 1
-        found = torch.full((len(owners) if logits else 0, width), -math.inf)
+        """log π0 of what follows sequences whose answers are there: [B, V + 1]; nothing to do for prompts."""
         if not logits:
-            return found
-        told = self._model.ahead([self.cache.tokens[owner] for owner in owners])
-        self._ahead = dict(zip(owners, told, strict=True))
-        for row, ahead in zip(found, told, strict=True):
-            row[list(ahead.tokens)] = torch.tensor(ahead.logprobs)
-            row[-1] = ahead.rest
-        return found
+            return torch.empty(0)
+        told = [self.cache.of.pop(owner)[0].result() for owner in owners]
+        self._ahead |= zip(owners, told, strict=True)
+        return logprobs(told, self._model.vocabulary)
+
+    def fill(self, block: Block) -> None:
+        """Give the continuations of a block, whose answer is there, their tokens."""
+        trunk = block.continuations[0]
+        answers = [answer for call in self.cache.of.pop(trunk.owner) for answer in call.result()]
+        for each, answer in zip(block.continuations, answers, strict=True):
+            each.response += answer.tokens
+            each.pending = [
+                Drawn(token, logprob, logprob, 0.0)
+                for token, logprob in zip(answer.tokens, answer.logprobs, strict=True)
+            ]
+            each.cached, each.resting = len(each) - 1, True
+            each.completion.base_positions += len(answer.tokens)
+
+    def whole(self, sequence: Running) -> Answer | None:
+        """The rest of a response, where it came in one call."""
+        [call] = self.cache.of[sequence.owner]
+        found = call.result()
+        if isinstance(found, Ahead):
+            return None
+        del self.cache.of[sequence.owner]
+        sequence.completion.base_positions += len(found[0].tokens)
+        return found[0]
 
     def cut(self, logprobs_BV: Tensor, knobs: Sequence[SamplingParams]) -> None:
         """Leave out what the server has not told where its mass says nothing: at other temperatures, or truncated."""
@@ -81,14 +131,65 @@ class ServedRunner:
             if knob.temperature != 1 or knob.top_k or knob.top_p < 1 or knob.min_p:
                 row[-1] = -math.inf
 
-    def settle(self, sequences: Sequence[Running], drawn: Sequence[Drawn]) -> list[Drawn]:
-        """What was drawn, with a token that the server draws where it was one that it had not told."""
-        return [self._settle(*each) for each in zip(sequences, drawn, strict=True)]
+    def settle(self, sequences: Sequence[Running], drawn: Sequence[Drawn]) -> tuple[list[Drawn], dict[int, Exception]]:
+        """What was drawn, with tokens that the server draws where it was one that it had not told.
 
-    def _settle(self, sequence: Running, drawn: Drawn) -> Drawn:
-        if drawn.token < self._model.vocabulary:
-            return drawn
-        seed = fork(sequence.request.sampling.seed, len(sequence.response) + 1) & 0x7FFFFFFF
-        token, logprob = self._model.draw(self.cache.tokens[sequence.owner], self._ahead[sequence.owner], seed)
-        guided = drawn.guided_logprob - drawn.logprob + logprob  # what no value model has looked at keeps its odds
-        return drawn._replace(token=token, logprob=logprob, guided_logprob=guided)
+        Beside it, the rows for which that failed, and how.
+        """
+        vocab = self._model.vocabulary
+        calls: dict[int, Future[tuple[int, float]]] = {}
+        for b, (sequence, each) in enumerate(zip(sequences, drawn, strict=True)):
+            if each.token == vocab:
+                seed = fork(sequence.request.sampling.seed, len(sequence.response) + 1)
+                calls[b] = self._model.draw(_prefix(sequence), self._ahead[sequence.owner], seed & 0x7FFFFFFF)
+        settled, failed = [], {}
+        for b, each in enumerate(drawn):
+            if b in calls:
+                try:
+                    token, logprob = calls[b].result()
+                    # what no value model has looked at keeps its odds
+                    each = each._replace(
+                        token=token, logprob=logprob, guided_logprob=each.guided_logprob - each.logprob + logprob
+                    )
+                except Exception as error:
+                    failed[b] = error
+            settled.append(each._replace(top=tuple(one for one in each.top if one[0] < vocab)))
+        for sequence in sequences:
+            self._ahead.pop(sequence.owner, None)
+        return settled, failed
+
+    def _ask(self, sequence: Running) -> list[Future[Any]]:
+        request, prefix, block = sequence.request, _prefix(sequence), sequence.block
+        knobs, left = request.sampling, request.sampling.max_tokens - len(sequence.response)
+        plain = not request.guidance.active and not knobs.logprobs  # then the server may as well go on to the end
+        if not block and not plain:
+            return [self._model.ahead(prefix)]
+        ask = Ask(
+            min(request.guidance.block_size or left, left) if block else left,
+            knobs.temperature or (1.0 if block else 0.0),  # of a greedy request's continuations the best is taken
+            knobs.top_p,
+            knobs.top_k,
+            knobs.min_p,
+            fork(knobs.seed, len(sequence.response) + 1) & 0x7FFFFFFF,
+            n=len(block.continuations) if block else 1,
+            stop=() if block else knobs.stop,  # in a block it may be in a continuation that is not chosen
+            logit_bias=knobs.logit_bias,
+        )
+        return list(self._model.continuations(prefix, ask))
+
+
+def logprobs(told: Sequence[Ahead], vocabulary: int) -> Tensor:
+    """log π0 of all tokens, -inf for those that are not told, and of these together: [B, V + 1]."""
+    found = torch.full((len(told), vocabulary + 1), -math.inf)
+    for row, ahead in zip(found, told, strict=True):
+        row[list(ahead.tokens)] = torch.tensor(ahead.logprobs)
+        row[-1] = ahead.rest
+    return found
+
+
+def _prefix(sequence: Running) -> Prefix:
+    return Prefix(sequence.request.prompt_token_ids, tuple(sequence.response), sequence.request.messages)
+
+
+def _done(futures: list[Future[Any]]) -> bool:
+    return all(future.done() for future in futures)

@@ -12,6 +12,7 @@ from vas.config import RunConfig
 from vas.evaluation.methods import ByPrompt
 from vas.evaluation.states import state_values
 from vas.evaluation.trust import Trust, card_section, judge, to_json
+from vas.models.server import Prefix
 from vas.models.value import ValueModelConfig
 from vas.placement import options, sampler
 from vas.rollouts.pipeline import sample
@@ -44,8 +45,9 @@ def measure(config: RunConfig, prompts: list[Prompt], base: ByPrompt, value: str
         return []
     finished = [row for name in halves for row in base[name] if row["finish_reason"] == "stop"]
     task = ray.remote(**options(sampler(config.resources)))(state_values)
-    states = [(*base[name][0]["prompt_token_ids"], *halves[name]) for name in kept]
-    final = [(*row["prompt_token_ids"], *row["response_token_ids"]) for row in finished]
+    chats = {prompt.prompt_id: tuple(prompt.messages) for prompt in asked}
+    states = [Prefix(base[name][0]["prompt_token_ids"], halves[name], chats[name]) for name in kept]
+    final = [Prefix(row["prompt_token_ids"], row["response_token_ids"]) for row in finished]
     values = ray.get(task.remote(config, value, states, final))
     found = []
     for j, objective in enumerate(ValueModelConfig.load(value).objectives):

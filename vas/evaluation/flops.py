@@ -22,6 +22,6 @@ def parameters_per_position(config: PreTrainedConfig, head: bool) -> int:
     return layers + (config.vocab_size * config.hidden_size if head else 0)
 
 
-def best_of_n(base: int, prompt: float, response: float, n: int) -> float:
+def best_of_n(base: float, prompt: float, response: float, n: int) -> float:
     """FLOPs of n responses of mean length `response` to one prompt that is run once."""
     return 2.0 * base * (prompt + n * response)

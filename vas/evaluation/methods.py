@@ -51,7 +51,7 @@ class Judge:
     """
 
     config: RunConfig
-    base_parameters: int
+    base_parameters: float
     value_parameters: int
     scale: dict[str, tuple[float, float]]
     revision: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 from transformers import AutoConfig
 
 from vas import storage
-from vas.config import RunConfig
+from vas.config import Base, RunConfig
 from vas.errors import VasError
 from vas.evaluation import console, samples
 from vas.evaluation.completions import measure
@@ -85,7 +86,7 @@ def compare(
     value = ValueModelConfig.load(inputs.value)
     judge = Judge(
         config,
-        parameters_per_position(load_pretrained(AutoConfig, config.base.model, config.base.revision), head=True),
+        _base_parameters(config.base),
         parameters_per_position(value.backbone_config, head=False),
         {o["name"]: (o["mean"], o["std"]) for o in value.objectives},
         inputs.revision,
@@ -100,6 +101,17 @@ def compare(
     for setting, responses in guided.items():
         results += judge.vas(setting, responses)
     return results
+
+
+def _base_parameters(base: Base) -> float:
+    """The base model's weights per token position; NaN for one that is only called, if nobody says."""
+    try:
+        found = load_pretrained(AutoConfig, base.model, base.revision)
+    except VasError:
+        if base.called:
+            return math.nan
+        raise
+    return parameters_per_position(found, head=True)
 
 
 def _report(
@@ -128,7 +140,7 @@ def _report(
             base,
             guided,
             results,
-            load_tokenizer(config.base.model, config.base.revision),
+            load_tokenizer(config.base.tokenizer_id, config.base.revision),
             config.evaluation.samples_shown,
         ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from vas import guidance
+from vas.choices import Linears
 from vas.config import RunConfig
 from vas.decoding.runner import ModelRunner
 from vas.decoding.sampler import policy
 from vas.decoding.sequence import SamplingParams
-from vas.models.base import BaseModel, load_base, set_threads
+from vas.decoding.served import logprobs
+from vas.models.base import BaseModel, set_threads
+from vas.models.served import ServedModel, open_base
+from vas.models.server import Prefix
 from vas.models.value import ValueModel, check_tokenizers
 
 BATCH = 16  # states in a pass
-
-Tokens = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +34,23 @@ class StateValues:
     final_MJ: np.ndarray
 
 
-def state_values(config: RunConfig, location: str, states: list[Tokens], final: list[Tokens]) -> StateValues:
-    """Load base and value model, and let V look at states (token prefixes, the prompts included).
+def state_values(config: RunConfig, location: str, states: list[Prefix], final: list[Prefix]) -> StateValues:
+    """Load base and value model, and let V look at states (the beginnings of responses, and finished ones).
 
     Candidates are those of the run's guidance: the likeliest under its sampling, and EOS.
     Runs as a Ray task. Raises VasError if a model cannot be loaded, or their tokenizers differ.
     """
     set_threads(config.resources.cpus_per_actor)
-    base = load_base(config.base, "cuda" if config.resources.gpus_per_actor else "cpu")
-    model = ValueModel.load(location, base.model.device)
+    base = open_base(config.base, "cuda" if config.resources.gpus_per_actor else "cpu")
+    model = ValueModel.load(location, base.device)
     check_tokenizers(model.config, base.name, base.tokenizer_digest)
-    base_runner = ModelRunner(base.model, config.base.linears, free=True)
+    next_of = _called(base) if isinstance(base, ServedModel) else _run(base, config.base.linears)
     value_runner = ModelRunner(model.backbone, config.base.linears, free=True)
     values, spreads = [], []
     for batch in _batches(states):
-        with value_runner.sequences(len(batch)) as owners, base_runner.sequences(len(batch)):
+        with value_runner.sequences(len(batch)) as owners:
             values.append(_last_values(model, value_runner, batch))
-            spreads.append(_spread(config, base, base_runner, model, value_runner, batch, owners))
+            spreads.append(_spread(config, base, next_of(batch), model, value_runner, owners))
     ends = []
     for batch in _batches(final):
         with value_runner.sequences(len(batch)):
@@ -56,34 +58,54 @@ def state_values(config: RunConfig, location: str, states: list[Tokens], final: 
     return StateValues(*(_join(each, len(model.objectives)) for each in (values, spreads, ends)))
 
 
-def _last_values(model: ValueModel, runner: ModelRunner, batch: list[Tokens]) -> Tensor:
+def _run(base: BaseModel, linears: Linears) -> Callable[[list[Prefix]], Tensor]:
+    """The base model's logits [B, V] of what follows states."""
+    runner = ModelRunner(base.model, linears, free=True)
+
+    def logits(batch: list[Prefix]) -> Tensor:
+        tokens = [_tokens(state) for state in batch]
+        with runner.sequences(len(batch)) as owners:
+            if any(len(each) > 1 for each in tokens):
+                runner.extend(owners, [each[:-1] for each in tokens])
+            return runner.extend(owners, [each[-1:] for each in tokens], logits=True)
+
+    return logits
+
+
+def _called(base: ServedModel) -> Callable[[list[Prefix]], Tensor]:
+    """The same of a model that can only be called, as far as it tells: [B, V]."""
+
+    def told(batch: list[Prefix]) -> Tensor:
+        return logprobs([call.result() for call in map(base.ahead, batch)], base.vocabulary)[:, :-1]
+
+    return told
+
+
+def _last_values(model: ValueModel, runner: ModelRunner, batch: list[Prefix]) -> Tensor:
     """Read the sequences; returns V of their last states [B, J]."""
-    hidden_NH = runner.extend(range(len(batch)), batch)
-    last = np.cumsum([len(tokens) for tokens in batch]) - 1
+    tokens = [_tokens(state) for state in batch]
+    hidden_NH = runner.extend(range(len(batch)), tokens)
+    last = np.cumsum([len(each) for each in tokens]) - 1
     return model.values(model.outputs(hidden_NH[torch.from_numpy(last).to(hidden_NH.device)]))
 
 
 def _spread(
     config: RunConfig,
-    base: BaseModel,
-    base_runner: ModelRunner,
+    base: BaseModel | ServedModel,
+    logits_BV: Tensor,
     model: ValueModel,
     value_runner: ModelRunner,
-    batch: list[Tokens],
     owners: range,
 ) -> Tensor:
     """π0-weighted standard deviation of the candidates' values [B, J], after sequences the value model has read."""
-    if any(len(tokens) > 1 for tokens in batch):
-        base_runner.extend(owners, [tokens[:-1] for tokens in batch])
-    logits_BV = base_runner.extend(owners, [tokens[-1:] for tokens in batch], logits=True)
-    base_BV = policy(logits_BV, [SamplingParams.of(config.rollouts.sampling, seed=0)] * len(batch))
+    base_BV = policy(logits_BV, [SamplingParams.of(config.rollouts.sampling, seed=0)] * len(owners))
     eos = torch.tensor(base.eos_token_ids, dtype=torch.long, device=logits_BV.device)
-    k_B = torch.full((len(batch),), config.evaluation.candidates)
+    k_B = torch.full((len(owners),), config.evaluation.candidates)
     tokens_BK, valid_BK = guidance.select_candidates(base_BV, k_B, eos)
-    nothing: list[Tokens] = [()] * len(batch)
+    nothing: list[Sequence[int]] = [()] * len(owners)
     k = tokens_BK.shape[1]
     hidden_NH, _ = value_runner.branch(
-        owners, nothing, np.repeat(np.arange(len(batch)), k), tokens_BK.flatten().cpu().numpy()
+        owners, nothing, np.repeat(np.arange(len(owners)), k), tokens_BK.flatten().cpu().numpy()
     )
     values_BKJ = model.values(model.outputs(hidden_NH)).view(*tokens_BK.shape, -1)
     logprobs_BK = base_BV.gather(1, tokens_BK).masked_fill(~valid_BK, guidance.NEVER)
@@ -91,9 +113,13 @@ def _spread(
     return (torch.softmax(logprobs_BK, dim=-1)[..., None] * advantages_BKJ.square()).sum(1).sqrt()
 
 
-def _batches(sequences: list[Tokens]) -> Iterator[list[Tokens]]:
-    for start in range(0, len(sequences), BATCH):
-        yield sequences[start : start + BATCH]
+def _tokens(state: Prefix) -> list[int]:
+    return [*state.prompt, *state.response]
+
+
+def _batches(states: list[Prefix]) -> Iterator[list[Prefix]]:
+    for start in range(0, len(states), BATCH):
+        yield states[start : start + BATCH]
 
 
 def _join(batches: list[Tensor], objectives: int) -> np.ndarray:

@@ -83,7 +83,7 @@ def load_base(spec: config.Base, device: str | None = None) -> BaseModel:
     """
     target = pick_device(device)
     dtype = spec.dtype if spec.dtype != "auto" else ("bfloat16" if target.type == "cuda" else "float32")
-    tokenizer = load_tokenizer(spec.model, spec.revision)
+    tokenizer = load_tokenizer(spec.tokenizer_id, spec.revision)
     model = load_pretrained(AutoModelForCausalLM, spec.model, spec.revision, dtype=getattr(torch, dtype))
     model.requires_grad_(False).eval().to(target)
     return BaseModel(spec.model, model, tokenizer, _eos_token_ids(model, tokenizer), tokenizer_digest(tokenizer))

@@ -1,4 +1,4 @@
-"""A base model behind an OpenAI-compatible server: only its tokenizer is here, its log-probs come over HTTP.
+"""A base model that can only be called: its next tokens and continuations, in its own tokenizer's ids.
 
 A call tells the likeliest next tokens of a text. What the others have together is known, too, and one of them can be
 drawn by a second call in which the first are forbidden, so nothing of π0 is cut off.
@@ -6,25 +6,35 @@ drawn by a second call in which the first are forbidden, so nothing of π0 is cu
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from vas.errors import VasError
-from vas.http import Client, Rejected
+from vas.http import Rejected
+from vas.models.answers import TORN, Answer, ForeignTokens, Reader, next_tokens
+from vas.models.base import BaseModel, load_base
+from vas.models.server import Ask, Prefix, Server
+
+if TYPE_CHECKING:
+    from vas.config import Base
+
+logger = logging.getLogger(__name__)
 
 MOST = (200, 100, 50, 20, 10, 5)  # log-probs to ask for, until the server gives as many
+DRAWS = 4  # of a token that can be sent again
 FORBIDDEN = -100.0  # OpenAI's bias of a token that must not come
 
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """What a server says of a text's next token: the likeliest, with their log π0."""
+    """What a server says of a text's next token: the likeliest, with their log π0, in falling order."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -37,107 +47,173 @@ class Ahead:
 
 
 class ServedModel:
-    """Next tokens of texts in the base model's own token ids, by `/v1/completions`.
+    """Next tokens and continuations of texts, many calls at once.
 
-    vocabulary: how many token ids there are. Calls of one batch go out together, `concurrency` at once.
-    Raises VasError for a server that cannot be reached, has no log-probs, or has other tokens.
+    vocabulary: how many token ids there are. Futures that fail raise VasError, for that text alone, or Rejected.
+    Raises VasError for a server that cannot be reached, or that has other tokens.
     """
 
     context_length = None  # only the server knows
     device = torch.device("cpu")
 
-    def __init__(
-        self,
-        name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        eos_token_ids: tuple[int, ...],
-        tokenizer_digest: str,
-        client: Client,
-        served: str,
-        concurrency: int,
-    ) -> None:
-        self.name, self.tokenizer, self.eos_token_ids = name, tokenizer, eos_token_ids
-        self.tokenizer_digest = tokenizer_digest
-        self.vocabulary = max(len(tokenizer), max(eos_token_ids) + 1)
-        self._client, self._served = client, served
-        self._pool = ThreadPoolExecutor(concurrency, "served model")
-        self._vocab = tokenizer.get_vocab()
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.name, self.tokenizer, self.eos_token_ids = server.name, server.tokenizer, server.eos_token_ids
+        self.tokenizer_digest = server.tokenizer_digest
+        self.vocabulary = max(len(server.tokenizer), max(server.eos_token_ids) + 1)
+        self._pool = ThreadPoolExecutor(server.concurrency, "served model")
+        self._read = Reader(server.tokenizer, server.eos_token_ids)
         self.top = self._find_top()
-        """How many of the likeliest tokens a call tells."""
+        """How many of the likeliest tokens a call tells; 0 if none."""
+        self._most_choices: int | None = None
+        logger.info("%s %s", server.client.url, self.abilities())
 
-    def ahead(self, texts: Sequence[Sequence[int]]) -> list[Ahead]:
-        """The next tokens of some texts, given as token ids. Raises VasError for an answer without log-probs."""
-        return list(self._pool.map(lambda text: self._ask(text, self.top), texts))
+    def abilities(self) -> str:
+        """What the server can do, in words."""
+        told = f"tells {self.top} log-probs of a next token" if self.top else "tells no log-probs of next tokens"
+        form = {"ids": "token ids", "text": "text", "chat": "chats only"}[self.server.form or "ids"]
+        on = "" if self.server.continues else " and begins every response anew"
+        return f"takes {form}, {told}{on}"
 
-    def draw(self, text: Sequence[int], ahead: Ahead, seed: int) -> tuple[int, float]:
+    def check(self, blockwise: bool, whole: bool) -> None:
+        """Raise VasError if the server can't do what this way of guiding needs.
+
+        blockwise: continuations instead of next tokens. whole: a response is one continuation.
+        """
+        if not (self.top or blockwise):
+            raise VasError(
+                "the server tells no log-probs of next tokens",
+                self.server.client.url,
+                "guide by blocks (schedule `block:8`), or call one that does (vLLM, llama.cpp)",
+            )
+        if not self.server.continues and not (blockwise and whole):
+            raise VasError(
+                "the server takes chats only, and begins every response anew: it cannot be asked for what comes next",
+                self.server.client.url,
+                "guide by whole responses: schedule `block:N` with N of at least max_tokens",
+            )
+
+    def ahead(self, prefix: Prefix) -> Future[Ahead]:
+        """The next tokens."""
+        return self._pool.submit(self._ahead, prefix, self.top)
+
+    def draw(self, prefix: Prefix, ahead: Ahead, seed: int) -> Future[tuple[int, float]]:
         """One of the tokens that `ahead` does not tell, as π0 has them at temperature 1, and its log π0."""
-        bias = {str(token): FORBIDDEN for token in ahead.tokens}
-        choice = self._post(text, seed=seed, logit_bias=bias, temperature=1.0, logprobs=1)
-        ((token, logprob),) = self._told(choice, drawn=True)
-        return token, logprob
+        return self._pool.submit(self._draw, prefix, ahead, seed)
+
+    def continuations(self, prefix: Prefix, ask: Ask) -> list[Future[list[Answer]]]:
+        """`ask.n` continuations, in as few calls as the server allows."""
+        most = self._most_choices or ask.n
+        parts = [min(most, ask.n - start) for start in range(0, ask.n, most)]
+        seed = ask.seed or 0
+        return [
+            self._pool.submit(self._continue, prefix, replace(ask, n=n, seed=seed + i)) for i, n in enumerate(parts)
+        ]
+
+    def _continue(self, prefix: Prefix, ask: Ask) -> list[Answer]:
+        found: list[Answer] = []
+        while len(found) < ask.n:
+            n = min(ask.n - len(found), self._most_choices or ask.n)
+            try:
+                choices = self.server.ask(prefix, replace(ask, n=n, seed=(ask.seed or 0) + 7919 * len(found)))
+            except Rejected as rejected:
+                if rejected.whole or n == 1:
+                    raise _alone(rejected) from None
+                self._allow(n // 2)
+                continue
+            if len(choices) < n:
+                self._allow(len(choices))
+            found += [self._answer(choice, bool(ask.stop)) for choice in choices]
+        return found[: ask.n]
+
+    def _allow(self, choices: int) -> None:
+        self._most_choices = max(1, choices)
+        logger.info("%s gives %d choices a call", self.server.client.url, self._most_choices)
 
     def _find_top(self) -> int:
-        text = self.tokenizer("a").input_ids
+        hello = ({"role": "user", "content": "Hello"},)
+        prefix = Prefix(self.tokenizer("a").input_ids, (), hello)
         problem: VasError | None = None
         for most in MOST:
             try:
-                return min(most, len(self._ask(text, most).tokens))
+                return min(most, len(self._ahead(prefix, most).tokens))
             except Rejected as rejected:
-                if rejected.whole:
-                    raise rejected.error from None
-                problem = rejected.error
+                raise rejected.error from None
+            except VasError as error:
+                problem = error
         assert problem is not None
-        raise problem
+        logger.info("%s", problem.what)
+        return 0
 
-    def _ask(self, text: Sequence[int], top: int) -> Ahead:
-        told = self._told(self._post(text, temperature=1.0, logprobs=top), drawn=False)
+    def _ahead(self, prefix: Prefix, top: int) -> Ahead:
+        [choice, *_] = self._ask(prefix, Ask(1, logprobs=top))
         best: dict[int, float] = {}
+        with self._ours():
+            told = next_tokens(choice, self._read)
         for token, logprob in told:
-            best[token] = max(logprob, best.get(token, -math.inf))
+            if self._can_stand(prefix, token):
+                best[token] = max(logprob, best.get(token, -math.inf))
+        if not best:
+            raise VasError("the server tells no log-probs of next tokens", self.server.client.url)
         ordered = sorted(best.items(), key=lambda item: -item[1])
         return Ahead(tuple(token for token, _ in ordered), tuple(logprob for _, logprob in ordered))
 
-    def _post(self, text: Sequence[int], **more: Any) -> dict[str, Any]:
-        body = {"model": self._served, "prompt": list(text), "max_tokens": 1, "n": 1, "top_p": 1.0}
-        body |= {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_tokens_as_token_ids": True}
-        answer = self._client.post("completions", body | more)
-        try:
-            return answer["choices"][0]
-        except (KeyError, IndexError, TypeError) as error:
-            raise VasError(
-                f"the server's answer is not a completion ({type(error).__name__})",
-                self._client.url,
-                "is it OpenAI-compatible, with /v1/completions? It answered " + str(answer)[:200],
-            ) from None
+    def _can_stand(self, prefix: Prefix, token: int) -> bool:
+        """Whether a prefix with this token can be sent: as text, characters must be whole."""
+        return self.server.form == "ids" or not self.server.text([*prefix.response[-8:], token]).endswith(TORN)
 
-    def _told(self, choice: dict[str, Any], drawn: bool) -> list[tuple[int, float]]:
-        """Tokens of a choice's only step with their log-probs: the one that was drawn, or the likeliest."""
-        told = choice.get("logprobs") or {}
-        try:
-            if told.get("content"):  # as chat completions have it
-                step = told["content"][0]
-                listed = [step] if drawn else step["top_logprobs"]
-                named = [(each.get("id"), each["token"], each["logprob"]) for each in listed]
-            elif drawn:
-                named = [(None, told["tokens"][0], told["token_logprobs"][0])]
-            else:
-                named = [(None, token, logprob) for token, logprob in told["top_logprobs"][0].items()]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise VasError(
-                "the server tells no log-probs of next tokens",
-                self._client.url,
-                "take one that does (vLLM, llama.cpp), or guide in blocks",
-            ) from None
-        ids = [(self._id(token, piece), logprob) for token, piece, logprob in named]
-        return [(token, float(logprob)) for token, logprob in ids if token is not None]
+    def _draw(self, prefix: Prefix, ahead: Ahead, seed: int) -> tuple[int, float]:
+        bias = dict.fromkeys(ahead.tokens, FORBIDDEN)
+        for attempt in range(DRAWS):
+            [choice, *_] = self._ask(prefix, Ask(1, seed=seed + attempt, logit_bias=bias))
+            told = self._answer(choice)
+            token, logprob = told.tokens[0], told.logprobs[0]
+            if token not in bias and self._can_stand(prefix, token):
+                return token, min(ahead.logprobs[-1], math.inf if math.isnan(logprob) else logprob)
+        raise VasError(
+            "the server draws tokens that it was not to draw, or torn characters",
+            self.server.client.url,
+            "set top_k to no more than the log-probs it tells, so that none of the others is drawn",
+        )
 
-    def _id(self, token: int | None, piece: str) -> int | None:
-        """Our id of a token that the server names by its id, as `token_id:5`, or by its text."""
-        if token is not None:
-            return int(token)
-        if piece.startswith("token_id:"):
-            return int(piece.removeprefix("token_id:"))
-        if piece in self._vocab:
-            return self._vocab[piece]
-        found = self.tokenizer(piece, add_special_tokens=False).input_ids
-        return found[0] if len(found) == 1 else None
+    def _ask(self, prefix: Prefix, ask: Ask) -> list[Any]:
+        try:
+            return self.server.ask(prefix, ask)
+        except Rejected as rejected:
+            raise _alone(rejected) from None
+
+    def _answer(self, choice: Any, stops: bool = False) -> Answer:
+        with self._ours():
+            return self._read(choice, self.server.client.url, stops)
+
+    @contextmanager
+    def _ours(self) -> Iterator[None]:
+        """What is read in it must be tokens of this vocabulary."""
+        try:
+            yield
+        except ForeignTokens:
+            raise Rejected(foreign(self.server), whole=True) from None
+
+
+def open_base(
+    spec: Base, device: str | None = None, allow: Callable[[], None] = lambda: None
+) -> BaseModel | ServedModel:
+    """The base model, loaded or only called. Raises VasError as `load_base` and ServedModel do.
+
+    allow: called before each call of a server; it may raise.
+    """
+    return ServedModel(Server(spec, allow)) if spec.called else load_base(spec, device)
+
+
+def foreign(server: Server) -> VasError:
+    """The server's tokens are not ours."""
+    return VasError(
+        f"the server's tokens are not those of {server.name}",
+        server.client.url,
+        "let base.model or base.tokenizer name the model that the server serves, or base.served_name ours there",
+    )
+
+
+def _alone(rejected: Rejected) -> Exception:
+    """A refusal that concerns one text only is its VasError."""
+    return rejected if rejected.whole else rejected.error

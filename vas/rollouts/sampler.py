@@ -148,11 +148,15 @@ class Sampler:
     def _request(self, draft: _Draft, setting: str, seed: int, max_tokens: int) -> Request:
         from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 
+        messages = tuple(draft.job.prompt.messages)
+        if messages and draft.prefix:
+            messages += ({"role": "assistant", "content": self._engine.tokenizer.decode(draft.prefix)},)
         return Request(
             draft.job.rollout_id,
             (*draft.row["prompt_token_ids"], *draft.prefix),
             replace(SamplingParams.of(self._config.rollouts.sampling, seed), max_tokens=max_tokens),
             GuidanceParams.of(self._config.evaluation, json.loads(setting)),
+            messages=messages,
         )
 
     def _text(self, tokens: list[int]) -> str:

@@ -29,14 +29,15 @@ def check(config: RunConfig) -> None:
     from vas.models.base import load_pretrained, load_tokenizer, quieten, tokenizer_digest
 
     quieten()
-    load_pretrained(AutoConfig, config.base.model, config.base.revision)
+    if not config.base.called:
+        load_pretrained(AutoConfig, config.base.model, config.base.revision)
     source, revision = config.backbone()
     layers = load_pretrained(AutoConfig, source, revision).get_text_config().num_hidden_layers
     if config.value.layers and config.value.layers > layers:
         raise VasError(f"the backbone has {layers} layers, fewer than {config.value.layers}", "value.layers")
     base, backbone = (
         tokenizer_digest(load_tokenizer(*model))
-        for model in ((config.base.model, config.base.revision), (source, revision))
+        for model in ((config.base.tokenizer_id, config.base.revision), (source, revision))
     )
     if base != backbone:
         raise VasError(

@@ -19,7 +19,9 @@ from vas.decoding.loop import Loop
 from vas.decoding.scorer import InProcess, Scorer, load_scorer
 from vas.decoding.sequence import Completion, Request, Token
 from vas.errors import EngineDied, VasError
-from vas.models.base import load_base, quieten, set_threads
+from vas.http import Rejected
+from vas.models.base import quieten, set_threads
+from vas.models.served import open_base
 from vas.models.value import ValueModelConfig, check_tokenizers
 from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question
 from vas.serving.config import Settled, ValueModelSpec
@@ -42,7 +44,7 @@ class BaseReplica:
         self._streams: dict[_Mailbox, dict[int, str]] = {}
         """Streams, each with the choices that are under way and their request ids."""
         self._sends = settled.serving.sends
-        self._base = load_base(settled.base, "cuda" if settled.serving.replicas.gpus else "cpu")
+        self._base = open_base(settled.base, "cuda" if settled.serving.replicas.gpus else "cpu")
         self._local: dict[str, InProcess] = {}
         self._filled: list[_Mailbox] = []
         self._loop = Loop(self._make, self._measure)
@@ -94,7 +96,7 @@ class BaseReplica:
         left = self._streams[mailbox] = {}
         for choice, request in enumerate(requests):
             left[choice] = request.request_id
-            mailbox.submit(self._loop, choice, request)
+            mailbox.submit(self._loop, choice, request, self._settled.base.called)
         sent = 0.0
         try:
             while left:
@@ -179,8 +181,8 @@ class _Mailbox:
             self._end.clear()
         return events
 
-    def submit(self, loop: Loop, choice: int, request: Request) -> None:
-        """Decode a request; what comes of it lies here."""
+    def submit(self, loop: Loop, choice: int, request: Request, elsewhere: bool) -> None:
+        """Decode a request; what comes of it lies here. elsewhere: the base model is behind another server."""
         fails = request.guidance.on_error == "fail"
 
         def listen(token: Token, completion: Completion) -> None:
@@ -192,14 +194,21 @@ class _Mailbox:
 
         def done(result: Future[Any]) -> None:
             error = result.exception() or result.result()
-            if isinstance(error, VasError):
-                self._add(Event(choice, error=(400, "invalid_value", str(error))))
+            if isinstance(error, VasError | Rejected):
+                said = (502, "base_model_unavailable") if elsewhere else (500, "server_error")
+                self._add(Event(choice, error=(*said, str(error))))
                 self.post()
             elif isinstance(error, EngineDied):
                 self._add(Event(choice, error=(ENGINE_DIED, "engine_died", str(error))))
                 self.post()
                 threading.Timer(1.0, os._exit, (1,)).start()  # it would answer fastest, and so be asked most
 
+        try:
+            loop.engine.check(request)
+        except VasError as error:
+            self._add(Event(choice, error=(400, "invalid_value", str(error))))
+            self.post()
+            return
         loop.submit(request, listen).add_done_callback(done)
 
     def _add(self, event: Event) -> None:

@@ -29,7 +29,7 @@ from vas.serving.keys import Caller, Doorkeeper, load_keys
 from vas.serving.metrics import GatewayMetrics
 from vas.serving.protocol import ChatRequest, CompletionRequest, SamplingBody, ScoreRequest, parse
 from vas.serving.relay import Choice, relay
-from vas.serving.requests import Served
+from vas.serving.requests import Encoded, Served
 from vas.serving.scrape import scrape
 
 COMPLETION_TOKENS = 16  # of a completion that says nothing, as OpenAI's
@@ -190,10 +190,10 @@ class Gateway:
         return PlainTextResponse(await scrape(), media_type="text/plain; version=0.0.4")
 
     async def _respond(
-        self, request: Request, body: SamplingBody, prompts: list[list[int]], form: type[Answer], default: int
+        self, request: Request, body: SamplingBody, prompts: list[Encoded], form: type[Answer], default: int
     ) -> Response:
         caller, tokenizer = _caller(request), self.served.tokenizer
-        answer = form(body.model, tokenizer, sum(map(len, prompts)), body.likeliest)
+        answer = form(body.model, tokenizer, sum(len(prompt.tokens) for prompt in prompts), body.likeliest)
         requests = self.served.requests(body, self.gate, caller, prompts, uuid.uuid4().hex, default)
         caller.spend(answer.prompt_tokens + sum(each.sampling.max_tokens for each in requests))
         self.metrics.strengths(requests[0].guidance.objectives)
@@ -263,10 +263,10 @@ class Gateway:
             raise ApiError(503, "the value model cannot be reached", code="model_unavailable", retry_after=5) from None
         return {name: [row[columns[name]] for row in rows[models[name]]] for name in names}
 
-    async def _tokens(self, prompt: str | list[int]) -> list[int]:
+    async def _tokens(self, prompt: str | list[int]) -> Encoded:
         """A completion's prompt as token ids; in a thread, for a long one must not hold up the streams of others."""
         if isinstance(prompt, list):
-            return self.served.check_length(self.gate, prompt)
+            return Encoded(self.served.check_length(self.gate, prompt))
         return await asyncio.to_thread(self.served.encode, self.gate, prompt)
 
     async def _body(self, request: Request) -> bytes:

@@ -21,6 +21,14 @@ from vas.serving.protocol import ChatMessage, Guidance, SamplingBody, ScoreReque
 CHARACTERS = 32  # a token: no tokenizer makes longer ones of a text
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as token ids, and the chat that it is of."""
+
+    tokens: list[int]
+    messages: tuple[Message, ...] = ()
+
+
 @dataclass
 class Served:
     """What an endpoint serves, as far as its gateway must know it."""
@@ -34,7 +42,8 @@ class Served:
     @classmethod
     def of(cls, settled: Settled, digests: dict[str, str]) -> Served:
         """Read the configs of all models. Raises VasError for one that is not there."""
-        rooms = [context_length(load_pretrained(AutoConfig, settled.base.model, settled.base.revision))]
+        base = settled.base
+        rooms = [] if base.called else [context_length(load_pretrained(AutoConfig, base.model, base.revision))]
         objectives: dict[str, Objective] = {}
         for spec in settled.value_models:
             config = ValueModelConfig.load(spec.path)
@@ -56,7 +65,7 @@ class Served:
                     relative=kind == "vocab",
                 )
         known = [room for room in rooms if room is not None]
-        tokenizer = load_tokenizer(settled.base.model, settled.base.revision)
+        tokenizer = load_tokenizer(base.tokenizer_id, base.revision)
         return cls(settled.name, tokenizer, objectives, min(known) if known else None)
 
     def models(self, gate: Gate) -> list[str]:
@@ -113,7 +122,7 @@ class Served:
 
     def encode_pair(self, gate: Gate, messages: list[ChatMessage] | None, text: str) -> tuple[list[int], list[int]]:
         """Token ids of a chat, if there is one, and of a text that answers it. Raises ApiError as `encode` does."""
-        before = self.encode(gate, messages) if messages else []
+        before = self.encode(gate, messages).tokens if messages else []
         if len(text) > CHARACTERS * gate.limits.prompt_tokens:
             raise ApiError(400, f"the text has {len(text):,} characters", "text", "context_length_exceeded")
         after = list(self.tokenizer(text, add_special_tokens=not before).input_ids)
@@ -122,17 +131,18 @@ class Served:
         self.check_length(gate, before + after)
         return before, after
 
-    def encode(self, gate: Gate, prompt: list[ChatMessage] | str) -> list[int]:
-        """Token ids of a chat or a text. Raises ApiError for one that is empty, or too long."""
+    def encode(self, gate: Gate, prompt: list[ChatMessage] | str) -> Encoded:
+        """A chat or a text with its token ids. Raises ApiError for one that is empty, or too long."""
         most = gate.limits.prompt_tokens * CHARACTERS
         length = len(prompt) if isinstance(prompt, str) else sum(len(message.text) for message in prompt)
         if length > most:
             raise ApiError(400, f"the prompt has {length:,} characters", "prompt", "context_length_exceeded")
         try:
-            tokens = encode_prompt(self.tokenizer, _prompt(prompt, gate.system))
+            whole = _prompt(prompt, gate.system)
+            tokens = encode_prompt(self.tokenizer, whole)
         except Exception as error:  # a chat template may raise anything
             raise ApiError(400, f"the model has no form for this prompt: {error}"[:300], "messages") from None
-        return self.check_length(gate, tokens)
+        return Encoded(self.check_length(gate, tokens), whole.messages)
 
     def check_length(self, gate: Gate, tokens: list[int]) -> list[int]:
         """The tokens of a prompt. Raises ApiError if there are none, or too many."""
@@ -145,7 +155,7 @@ class Served:
         return tokens
 
     def requests(
-        self, body: SamplingBody, gate: Gate, caller: Caller, prompts: list[list[int]], answer_id: str, default: int
+        self, body: SamplingBody, gate: Gate, caller: Caller, prompts: list[Encoded], answer_id: str, default: int
     ) -> list[Request]:
         """The engine's requests, n for each prompt; default: longest response of a request that says nothing.
 
@@ -159,10 +169,11 @@ class Served:
         guidance = self._guidance(body, gate, caller)
         seed, requests = body.first_seed, []
         for p, prompt in enumerate(prompts):
-            longest = self._longest(body, gate, len(prompt), default)
+            longest = self._longest(body, gate, len(prompt.tokens), default)
             for i in range(n):
                 sampling = self._sampling(body, longest, seed + p * n + i)
-                requests.append(Request(f"{answer_id}-{p * n + i}", tuple(prompt), sampling, guidance))
+                name = f"{answer_id}-{p * n + i}"
+                requests.append(Request(name, tuple(prompt.tokens), sampling, guidance, messages=prompt.messages))
         return requests
 
     def _longest(self, body: SamplingBody, gate: Gate, prompt: int, default: int) -> int:

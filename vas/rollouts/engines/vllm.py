@@ -40,7 +40,7 @@ class VLLMEngine:
                 "pip install 'vas[vllm]' where the actors run, or take the engine `transformers`",
             ) from None
         self.name = config.base.model
-        self.tokenizer = load_tokenizer(config.base.model, config.base.revision)
+        self.tokenizer = load_tokenizer(config.base.tokenizer_id, config.base.revision)
         self.tokenizer_digest = tokenizer_digest(self.tokenizer)
         try:
             self._llm = vllm.LLM(**model_arguments(config))
