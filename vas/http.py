@@ -6,7 +6,6 @@ import logging
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -34,6 +33,16 @@ class Rejected(Exception):
         self.error, self.whole, self.status = error, whole, status
 
 
+class Meter:
+    """Counts what a server is asked, and may forbid more; this one does neither."""
+
+    def allow(self) -> None:
+        """Called before each call is sent; what it raises ends it."""
+
+    def charge(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """What a call has cost, as the server counts it."""
+
+
 class Client:
     """POSTs JSON, with retries. One client serves many threads.
 
@@ -42,7 +51,7 @@ class Client:
     come back all at once, and are never shorter than a Retry-After.
 
     url: the base URL; /v1 is added if it has no path. key: sent as a bearer token. timeout: seconds an answer may take.
-    allow: called before each attempt; what it raises ends the call.
+    meter: asked before each attempt; what it raises ends the call.
     """
 
     def __init__(
@@ -52,9 +61,9 @@ class Client:
         timeout: float,
         attempts: int,
         connections: int,
-        allow: Callable[[], None] = lambda: None,
+        meter: Meter | None = None,
     ) -> None:
-        self.url, self.attempts, self._allow = _base(url), attempts, allow
+        self.url, self.attempts, self.meter = _base(url), attempts, meter or Meter()
         self.counts: Counter[str] = Counter()
         """`calls`: requests sent; `retries`: those of them that were not the first."""
         self._lock = threading.Lock()
@@ -73,7 +82,7 @@ class Client:
         """
         where = f"{self.url}/{path}"
         for attempt in range(1, self.attempts + 1):
-            self._allow()
+            self.meter.allow()
             self._count(attempt)
             asked = None
             try:

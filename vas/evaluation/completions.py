@@ -15,6 +15,7 @@ from vas.evaluation.trust import Trust, card_section, judge, to_json
 from vas.models.server import Prefix
 from vas.models.value import ValueModelConfig
 from vas.placement import options, sampler
+from vas.rollouts.ledger import Ledger
 from vas.rollouts.pipeline import sample
 from vas.rollouts.plan import Plan
 from vas.rollouts.stored import by_prompt, read_rollouts
@@ -24,12 +25,19 @@ from vas.training.card import with_section
 logger = logging.getLogger(__name__)
 
 
-def measure(config: RunConfig, prompts: list[Prompt], base: ByPrompt, value: str, output: str) -> list[Trust]:
+def measure(
+    config: RunConfig,
+    prompts: list[Prompt],
+    base: ByPrompt,
+    value: str,
+    output: str,
+    ledger: Ledger | None = None,
+) -> list[Trust]:
     """Complete half-finished responses of the base model, and compare; an entry an objective.
 
     prompts: held-out ones; base: the base model's rollouts of them. value: location of the value model, whose
-    card gets a section. Completions are committed under `output`/completions, the rest is `output`/trust.json.
-    Without anything to compare it returns nothing.
+    card gets a section. ledger: of a server's calls. Completions are committed under `output`/completions, the rest
+    is `output`/trust.json. Without anything to compare it returns nothing.
     """
     asked = [prompt for prompt in prompts if prompt.prompt_id in base][: config.evaluation.trust_prompts]
     if not asked:
@@ -37,7 +45,7 @@ def measure(config: RunConfig, prompts: list[Prompt], base: ByPrompt, value: str
     count, completions = config.evaluation.trust_completions, storage.join(output, "completions")
     halves = {prompt.prompt_id: _half(base[prompt.prompt_id][0]["response_token_ids"]) for prompt in asked}
     plan = Plan(asked, count, config.seed, prefixes={name: [half] * count for name, half in halves.items()})
-    sample(config, [plan], completions, "completions")
+    sample(config, [plan], completions, "completions", ledger=ledger)
     completed = by_prompt(read_rollouts(completions))
     kept = [name for name in halves if len(completed.get(name, ())) > 1]
     if not kept:
@@ -48,7 +56,7 @@ def measure(config: RunConfig, prompts: list[Prompt], base: ByPrompt, value: str
     chats = {prompt.prompt_id: tuple(prompt.messages) for prompt in asked}
     states = [Prefix(base[name][0]["prompt_token_ids"], halves[name], chats[name]) for name in kept]
     final = [Prefix(row["prompt_token_ids"], row["response_token_ids"]) for row in finished]
-    values = ray.get(task.remote(config, value, states, final))
+    values = ray.get(task.remote(config, value, states, final, ledger))
     found = []
     for j, objective in enumerate(ValueModelConfig.load(value).objectives):
         name, mean, std = objective["name"], objective["mean"], objective["std"]

@@ -26,6 +26,7 @@ from vas.evaluation.trust import Trust
 from vas.models.base import load_pretrained, load_tokenizer
 from vas.models.value import ValueModelConfig
 from vas.progress import console as terminal
+from vas.rollouts.ledger import Ledger, words
 from vas.rollouts.pipeline import sample
 from vas.rollouts.plan import Plan, setting_key
 from vas.rollouts.stored import by_prompt, read_rollouts
@@ -43,6 +44,7 @@ class Inputs:
     stages: dict[str, float]
     about: dict[str, str]
     revision: str
+    ledger: Ledger | None = None
 
 
 def evaluate(config: RunConfig, prompts: Iterable[Prompt], inputs: Inputs) -> list[Result]:
@@ -56,14 +58,16 @@ def evaluate(config: RunConfig, prompts: Iterable[Prompt], inputs: Inputs) -> li
         for strengths in config.evaluation.strengths
     ]
     responses = storage.join(inputs.output, "responses")
-    sample(config, plans, responses, "evaluation", value=inputs.value)
+    sample(config, plans, responses, "evaluation", inputs.value, inputs.ledger)
     base = by_prompt(read_rollouts(inputs.rollouts).filter(pc.field("held_out")))
     answers = read_rollouts(responses)
     guided = {plan.setting: by_prompt(answers.filter(pc.field("setting") == plan.setting)) for plan in plans}
     if not base or not all(guided.values()):
         raise VasError("every response of some setting failed", responses, "see the `error` column")
     results = compare(config, base, guided, inputs)
-    trust = measure(config, held_out, base, inputs.value, inputs.output)
+    trust = measure(config, held_out, base, inputs.value, inputs.output, inputs.ledger)
+    if inputs.ledger is not None:
+        inputs.about["server"] = f"{words(inputs.ledger.spent())} in all stages"
     report = _report(config, base, guided, results, trust, held_out, inputs)
     storage.write_table(storage.join(inputs.output, "results.parquet"), to_table(results))
     for name, figure in report.figures.items():

@@ -16,6 +16,7 @@ from vas.decoding.runner import ModelRunner
 from vas.decoding.sampler import policy
 from vas.decoding.sequence import SamplingParams
 from vas.decoding.served import logprobs
+from vas.http import Meter
 from vas.models.base import BaseModel, set_threads
 from vas.models.served import ServedModel, open_base
 from vas.models.server import Prefix
@@ -34,14 +35,17 @@ class StateValues:
     final_MJ: np.ndarray
 
 
-def state_values(config: RunConfig, location: str, states: list[Prefix], final: list[Prefix]) -> StateValues:
+def state_values(
+    config: RunConfig, location: str, states: list[Prefix], final: list[Prefix], meter: Meter | None = None
+) -> StateValues:
     """Load base and value model, and let V look at states (the beginnings of responses, and finished ones).
 
     Candidates are those of the run's guidance: the likeliest under its sampling, and EOS.
+    meter: of a server's calls.
     Runs as a Ray task. Raises VasError if a model cannot be loaded, or their tokenizers differ.
     """
     set_threads(config.resources.cpus_per_actor)
-    base = open_base(config.base, "cuda" if config.resources.gpus_per_actor else "cpu")
+    base = open_base(config.base, "cuda" if config.resources.gpus_per_actor else "cpu", meter)
     model = ValueModel.load(location, base.device)
     check_tokenizers(model.config, base.name, base.tokenizer_digest)
     next_of = _called(base) if isinstance(base, ServedModel) else _run(base, config.base.linears)

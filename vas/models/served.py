@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vas.errors import VasError
-from vas.http import Rejected
+from vas.http import Meter, Rejected
 from vas.models.answers import TORN, Answer, ForeignTokens, Reader, next_tokens
 from vas.models.base import BaseModel, load_base
 from vas.models.server import Ask, Prefix, Server
@@ -195,14 +195,12 @@ class ServedModel:
             raise Rejected(foreign(self.server), whole=True) from None
 
 
-def open_base(
-    spec: Base, device: str | None = None, allow: Callable[[], None] = lambda: None
-) -> BaseModel | ServedModel:
+def open_base(spec: Base, device: str | None = None, meter: Meter | None = None) -> BaseModel | ServedModel:
     """The base model, loaded or only called. Raises VasError as `load_base` and ServedModel do.
 
-    allow: called before each call of a server; it may raise.
+    meter: of a server's calls.
     """
-    return ServedModel(Server(spec, allow)) if spec.called else load_base(spec, device)
+    return ServedModel(Server(spec, meter)) if spec.called else load_base(spec, device)
 
 
 def foreign(server: Server) -> VasError:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from vas.errors import VasError
-from vas.http import Client, Rejected
+from vas.http import Client, Meter, Rejected
 from vas.models import bundled
 from vas.models.answers import no_completion
 from vas.models.base import load_tokenizer, tokenizer_digest
@@ -78,10 +78,10 @@ class Server:
        message, where the server goes on with it; `continues` says whether it does.
 
     Raises VasError for a tokenizer that cannot be had, a key that is not set and an address that is none.
-    allow: called before each call is sent; it may raise.
+    meter: is asked before each call, and told what it has cost.
     """
 
-    def __init__(self, spec: Base, allow: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, spec: Base, meter: Meter | None = None) -> None:
         source = spec.tokenizer_id
         self.name = spec.model
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source, spec.revision)
@@ -90,7 +90,7 @@ class Server:
         self.concurrency = spec.concurrency
         assert spec.openai is not None, "the caller checks it"
         key = _key(spec.api_key_env)
-        self.client = Client(spec.openai, key, spec.timeout, spec.attempts, spec.concurrency, allow)
+        self.client = Client(spec.openai, key, spec.timeout, spec.attempts, spec.concurrency, meter)
         self.form: str | None = None
         """How it is asked; None until the first answer."""
         self._served = spec.served_name or spec.model
@@ -223,10 +223,11 @@ class Server:
         return self.text(tokens)
 
     def _add_usage(self, answer: Any) -> None:
-        usage = answer.get("usage") if isinstance(answer, dict) else None
+        usage = (answer.get("usage") if isinstance(answer, dict) else None) or {}
+        counts = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
         with self._lock:
-            for name in ("prompt_tokens", "completion_tokens"):
-                self._usage[name] += int((usage or {}).get(name) or 0)
+            self._usage.update(counts)
+        self.client.meter.charge(**counts)
 
 
 def _as_completion(choice: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:

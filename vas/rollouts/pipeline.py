@@ -16,6 +16,7 @@ from vas.errors import VasError, causes
 from vas.placement import options, reward_actor, sampler, sampler_pool
 from vas.progress import Tracker
 from vas.rollouts.counts import Summary
+from vas.rollouts.ledger import Ledger
 from vas.rollouts.operators import Finisher, StoredResponses
 from vas.rollouts.plan import Plan
 from vas.rollouts.sampler import Sampler
@@ -36,10 +37,18 @@ LOST = (
 )
 
 
-def sample(config: RunConfig, plans: list[Plan], location: str, title: str, value: str | None = None) -> Summary:
+def sample(
+    config: RunConfig,
+    plans: list[Plan],
+    location: str,
+    title: str,
+    value: str | None = None,
+    ledger: Ledger | None = None,
+) -> Summary:
     """Sample, score and commit every response of the plans that is not committed under `location` yet.
 
-    value: location of the value model that guides, for plans with a setting or a roll-in.
+    value: location of the value model that guides, for plans with a setting or a roll-in. ledger: of a server's calls;
+    when its budget is spent, that is an error, and what is finished is kept.
     Rows that failed in an earlier pass are tried again. Work of actors and machines that die is done elsewhere;
     where Ray can't see to that itself, what is missing is planned anew.
     Raises VasError for what no retry mends.
@@ -57,8 +66,11 @@ def sample(config: RunConfig, plans: list[Plan], location: str, title: str, valu
         fruitless = fruitless + 1 if left == before else 0
         before = left
         try:
-            rows = _sampled(config, plans, location, value, work, summary)
-            _commit_all(rows, config, location, Tracker(title, left), summary, guided=value is not None)
+            rows = _sampled(config, plans, location, value, ledger, work, summary)
+            tracker = Tracker(title, left)
+            _commit_all(rows, config, location, tracker, summary, guided=value is not None, ledger=ledger)
+            if ledger is not None and (summary.rows < total or summary.errors):
+                ledger.check()
             return summary
         except Exception as error:
             if not any(isinstance(cause, LOST) for cause in causes(error)):
@@ -93,14 +105,20 @@ def rescore(config: RunConfig, plan: Plan, source: str, location: str, title: st
 
 
 def _sampled(
-    config: RunConfig, plans: list[Plan], location: str, value: str | None, work: pa.Table, summary: Summary
+    config: RunConfig,
+    plans: list[Plan],
+    location: str,
+    value: str | None,
+    ledger: Ledger | None,
+    work: pa.Table,
+    summary: Summary,
 ) -> ray.data.Dataset:
     """Rows of ROW_SCHEMA from a table of WORK_SCHEMA, sampled by a pool of actors."""
     smallest, largest = sampler_pool(config.resources, len(work))
     summary.actors = smallest
     return _dataset(work).map_batches(
         Sampler,
-        fn_constructor_args=(config, plans, location, value),
+        fn_constructor_args=(config, plans, location, value, ledger),
         compute=ray.data.ActorPoolStrategy(
             min_size=smallest,
             max_size=largest,
@@ -122,7 +140,13 @@ def _dataset(work: pa.Table) -> ray.data.Dataset:
 
 
 def _commit_all(
-    rows: ray.data.Dataset, config: RunConfig, location: str, tracker: Tracker, summary: Summary, guided: bool
+    rows: ray.data.Dataset,
+    config: RunConfig,
+    location: str,
+    tracker: Tracker,
+    summary: Summary,
+    guided: bool,
+    ledger: Ledger | None = None,
 ) -> None:
     """Score rows of ROW_SCHEMA and commit them, a file a batch, with progress."""
     resources = config.resources
@@ -140,4 +164,4 @@ def _commit_all(
         for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             count = summary.add(block)
             summary.seconds = earlier + tracker.elapsed
-            tracker.advance(count, summary.note())
+            tracker.advance(count, summary.note() + (f", {ledger.note()}" if ledger is not None else ""))

@@ -19,6 +19,7 @@ from vas.digests import digest
 from vas.errors import EngineDied, VasError
 from vas.rollouts import stored
 from vas.rollouts.engines.interface import SamplingEngine
+from vas.rollouts.ledger import Ledger
 from vas.rollouts.plan import Job, Plan
 
 if TYPE_CHECKING:  # torch loads in the actors, not in the driver
@@ -46,7 +47,15 @@ class Sampler:
     that is past saving takes the process with it: Ray starts another, and gives it the work.
     """
 
-    def __init__(self, config: RunConfig, plans: Sequence[Plan], location: str, value: str | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        plans: Sequence[Plan],
+        location: str,
+        value: str | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self._ledger = ledger
         self._config, self._plans, self._location, self._value = config, plans, location, value
         self._loading = threading.Lock()
         self._loaded: SamplingEngine | None = None
@@ -64,13 +73,15 @@ class Sampler:
 
         with self._loading:
             if self._loaded is None:
-                self._loaded = make_engine(self._config, self._value)
+                self._loaded = make_engine(self._config, self._value, self._ledger)
             return self._loaded
 
     def __call__(self, work: pa.Table) -> pa.Table:
         """Sample the batches of WORK_SCHEMA's rows; rows without rewards."""
         rows: list[dict[str, Any]] = []
         for task in work.to_pylist():
+            if self._ledger is not None and self._ledger.gone:
+                break  # it stays to be done
             jobs = self._plans[task["plan"]].batch(task["batch"], self._config.rollouts.batch_size)
             if task["retry"]:
                 good = set(stored.good_rows(self._location, task["name"])["rollout_id"].to_pylist())

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from vas import storage
 from vas.config import RunConfig
@@ -18,6 +19,9 @@ from vas.prompts import StoredPrompts, store_prompts, stream_prompts
 from vas.rewards import load_rewards
 from vas.run.directory import RunDirectory, versions
 from vas.schema import Prompt
+
+if TYPE_CHECKING:
+    from vas.rollouts.ledger import Ledger
 
 
 def check(config: RunConfig) -> None:
@@ -114,12 +118,12 @@ def _rollout(run: RunDirectory, number: int, source: str | None = None) -> None:
     location = run.path("rollouts", f"round={number}")
     roll_in = [setting_key(strengths) for strengths in config.roll_in()] if number else []
 
-    def body(about: dict) -> str:
+    def body(about: dict, ledger: Ledger | None) -> str:
         plan = Plan(prompts, config.rollouts.samples_per_prompt, config.seed, number, roll_in=roll_in)
         value = _value(run, number - 1) if number else None
         if source is not None and not number:
             rescore(config, plan, storage.join(source, "rollouts", "round=0"), location, "scoring")
-        summary = sample(config, [plan], location, _name("rollouts", run, number), value)
+        summary = sample(config, [plan], location, _name("rollouts", run, number), value, ledger)
         _refuse_empty(summary.rows, summary.errors, location)
         _summarize(run, number, location)
         about |= {
@@ -165,7 +169,7 @@ def _train(run: RunDirectory, number: int) -> None:
     """Fit a value model to the rollouts of all rounds up to this one."""
     from vas.training.trainer import train as fit
 
-    def body(about: dict) -> str:
+    def body(about: dict, ledger: Ledger | None) -> str:
         rounds = [run.path("rollouts", f"round={earlier}") for earlier in range(number + 1)]
         place = run.path("train") if _last(run, number) else run.path("train", f"round={number}")
         metrics = fit(run.config, rounds, place, _value(run, number))
@@ -184,8 +188,10 @@ def evaluate(run: RunDirectory) -> None:
     from vas.evaluation.run import Inputs
     from vas.evaluation.run import evaluate as compare
 
-    def body(about: dict) -> str:
-        inputs = Inputs(run.rollouts, run.value, run.path("evaluation"), run.seconds(), _about(run), run.revision)
+    def body(about: dict, ledger: Ledger | None) -> str:
+        inputs = Inputs(
+            run.rollouts, run.value, run.path("evaluation"), run.seconds(), _about(run), run.revision, ledger
+        )
         compare(run.config, (prompt for prompt in prepare(run) if prompt.held_out), inputs)
         return f"report: {run.path('evaluation', 'report.html')}"
 
@@ -233,9 +239,10 @@ def _value(run: RunDirectory, number: int) -> str:
     return run.value if _last(run, number) else f"{run.value}-round={number}"
 
 
-def _stage(run: RunDirectory, name: str, body: Callable[[dict], str], again: bool = False) -> None:
+def _stage(run: RunDirectory, name: str, body: Callable[[dict, Ledger | None], str], again: bool = False) -> None:
     """Run a stage unless it is done, on the run's cluster, and say how it went. again: run it even so."""
     from vas.placement import require, stage_groups
+    from vas.rollouts.ledger import Ledger, words
     from vas.run.cluster import ray_cluster
 
     if run.done(name) and not again:
@@ -243,7 +250,11 @@ def _stage(run: RunDirectory, name: str, body: Callable[[dict], str], again: boo
         return
     with ray_cluster(run.config.resources), run.stage(name) as about:
         require(stage_groups(name, run.config.resources))
-        outcome = body(about)
+        with Ledger.of(run.config.base, run.path("usage.json")) as ledger:
+            before = ledger.spent() if ledger is not None else {}
+            outcome = body(about, ledger)
+            spent = ledger.spent() if ledger is not None else {}
+            outcome += f", {words(spent)} so far" if spent != before else ""
     console.print(f"{name:<12} {outcome} ({about['seconds']:.0f} s)", highlight=False)
 
 

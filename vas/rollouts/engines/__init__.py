@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # each kind is imported in the actors, and only where it is asked for
     from vas.config import RunConfig
+    from vas.http import Meter
     from vas.rollouts.engines.interface import SamplingEngine
 
 
-def make_engine(
-    config: RunConfig, value: str | None = None, allow: Callable[[], None] = lambda: None
-) -> SamplingEngine:
+def make_engine(config: RunConfig, value: str | None = None, meter: Meter | None = None) -> SamplingEngine:
     """The engine of `rollouts.engine`, ready to sample; models are loaded here.
 
     value: location of the value model that guides. Guidance looks at every step's candidates. The engine
     `transformers` shows them, and a server that tells log-probs; where there are local weights, the former guides,
-    whatever samples the rollouts. allow: called before each call of a server; it may raise.
+    whatever samples the rollouts. meter: of a server's calls.
     Raises VasError for whatever the user can mend.
     """
     kind = "transformers" if value is not None and not config.base.called else config.rollouts.engine
     if kind == "openai":
         from vas.rollouts.engines.openai import OpenAIEngine
 
-        return OpenAIEngine(config, value, allow)
+        return OpenAIEngine(config, value, meter)
     if kind == "vllm":
         from vas.rollouts.engines.vllm import VLLMEngine
 

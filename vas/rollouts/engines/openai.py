@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from vas.config import RunConfig
@@ -12,7 +12,7 @@ from vas.decoding.loop import Loop
 from vas.decoding.scorer import load_scorer
 from vas.decoding.sequence import Completion, Request
 from vas.errors import VasError
-from vas.http import Rejected
+from vas.http import Meter, Rejected
 from vas.models.answers import ForeignTokens, Reader
 from vas.models.base import set_threads
 from vas.models.served import ServedModel, foreign
@@ -27,13 +27,13 @@ class OpenAIEngine:
     are as it tells them, usually those of temperature 1 before truncation.
 
     Guided requests take a call for each token, or for each block of them. value: location of the value model.
-    allow: called before each call; it may raise.
+    meter: of the server's calls.
     """
 
     peak_share = 0.0
 
-    def __init__(self, config: RunConfig, value: str | None = None, allow: Callable[[], None] = lambda: None) -> None:
-        self._server = server = Server(config.base, allow)
+    def __init__(self, config: RunConfig, value: str | None = None, meter: Meter | None = None) -> None:
+        self._server = server = Server(config.base, meter)
         self.name, self.tokenizer, self.tokenizer_digest = server.name, server.tokenizer, server.tokenizer_digest
         self._pool = ThreadPoolExecutor(server.concurrency, "openai")  # for all callers: it bounds the calls in flight
         self._read = Reader(server.tokenizer, server.eos_token_ids)
