@@ -361,6 +361,10 @@ class RunConfig(Section):
         source = self.value.backbone or self.base.model
         return source, self.base.revision if source == self.base.model else None
 
+    def value_tokenizer(self) -> tuple[str, str | None]:
+        """Tokenizer and revision that the value model reads with."""
+        return self.backbone() if self.value.backbone else (self.base.tokenizer_id, self.base.revision)
+
     def responses(self) -> dict[str, Any]:
         """What decides the base model's own responses, but for the prompts."""
         rollouts = {"rollouts": PLACES["rollouts"] | {"roll_in"}}

@@ -73,7 +73,7 @@ def _check_strengths(strengths: dict[str, float], run: RunDirectory) -> None:
 def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel | ServedModel, Engine]:
     """A run's base model, and an engine with its value model when one is needed."""
     from vas.decoding.engine import Engine
-    from vas.decoding.scorer import load_scorer
+    from vas.decoding.loading import load_scorer
     from vas.models.base import quieten
     from vas.models.served import open_base
 

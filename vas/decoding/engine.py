@@ -339,7 +339,7 @@ class Engine:
     def _open(self, sequence: Sequence) -> None:
         self._runner.cache.add(sequence.owner)
         for scorer in self._guide.scorers_of(sequence.request):
-            scorer.open(sequence.owner)
+            scorer.open(sequence.owner, len(sequence.request.prompt_token_ids))
 
     def _prefill(self) -> None:
         """Read prompts, all but the last token, through the base model and the scorers that each needs."""

@@ -22,9 +22,7 @@ from vas.decoding.attention import Pass
 from vas.decoding.cache import KVCache
 from vas.decoding.runner import ModelRunner
 from vas.errors import VasError
-from vas.models.base import BaseModel
-from vas.models.served import ServedModel
-from vas.models.value import ValueModel, check_tokenizers
+from vas.models.value import ValueModel
 
 READ_TOGETHER = 256  # tokens of a text that is scored, in one pass
 
@@ -82,8 +80,8 @@ class Scorer(Protocol):
         """Hold at most so many tokens of KV, counted as the engine's own; it will not ask for more."""
         ...
 
-    def open(self, sequence: Hashable) -> None:
-        """Begin a sequence."""
+    def open(self, sequence: Hashable, prompt: int = 0) -> None:
+        """Begin a sequence; the first so many of its tokens are the prompt's."""
         ...
 
     def share(self, source: Hashable, target: Hashable, length: int) -> None:
@@ -134,7 +132,7 @@ class InProcess:
         """Whether the KV of so many sequences of up to so many tokens stays within the limit."""
         return self._runner.cache.fits(sequences, longest)
 
-    def open(self, sequence: Hashable) -> None:
+    def open(self, sequence: Hashable, prompt: int = 0) -> None:
         """Give the sequence a row of the cache."""
         self._runner.cache.add(sequence)
 
@@ -157,6 +155,27 @@ class InProcess:
     def answer(self, batch: ScoreBatch) -> Answer:
         """Values of a batch's candidates."""
         raise NotImplementedError
+
+    @torch.inference_mode()
+    def ends(self, states: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+        """V after the last token of prompts with responses, in the base model's tokens: [B, J]."""
+        tokens = [self._ids(*state) for state in states]
+        with self._runner.apart(KVCache(self._runner.device, None)), self._runner.sequences(len(tokens)) as owners:
+            hidden_NH = self._runner.extend(owners, tokens)
+        last = torch.tensor([len(each) for each in tokens]).cumsum(0) - 1
+        return self._model.values(self._model.outputs(hidden_NH[last.to(hidden_NH.device)]))
+
+    def _ids(self, prompt: Sequence[int], response: Sequence[int]) -> list[int]:
+        """The value model's own tokens."""
+        return [*prompt, *response]
+
+    def _values(self, outputs: list[Tensor], batch: ScoreBatch, row_N: Tensor) -> Tensor:
+        """Values [N, J] of the heads' outputs, expected or soft as the row of each asks."""
+        values = self._model.values(outputs)
+        if bool(batch.soft_B.any()):
+            soft = self._model.values(outputs, batch.strengths_BJ.to(values.device)[row_N])
+            values = torch.where(batch.soft_B.to(values.device)[row_N, None], soft, values)
+        return values
 
     def values(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
         """V after each token of a text, in reward standard deviations: parts [t, J] of a few hundred tokens.
@@ -208,14 +227,6 @@ class ValueScorer(InProcess):
         run = np.bincount(index, minlength=len(batch.sequences)) + [len(each) for each in missed]
         return values, run.tolist()
 
-    def _values(self, outputs: list[Tensor], batch: ScoreBatch, row_N: Tensor) -> Tensor:
-        """Values [N, J] of the heads' outputs, expected or soft as the row of each asks."""
-        values = self._model.values(outputs)
-        if bool(batch.soft_B.any()):
-            soft = self._model.values(outputs, batch.strengths_BJ.to(values.device)[row_N])
-            values = torch.where(batch.soft_B.to(values.device)[row_N, None], soft, values)
-        return values
-
     def _keep_taken(self, batch: ScoreBatch) -> list[tuple[int, ...]]:
         """Keep the KV of each candidate that was taken; returns the tokens that were no candidates."""
         kept: dict[Pass, dict[Hashable, int]] = {}
@@ -265,13 +276,3 @@ class VocabScorer(InProcess):
 def make_scorer(name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> InProcess:
     """The scorer that a value model's heads need; see `ModelRunner` for linears and free."""
     return (VocabScorer if model.scores_vocabulary else ValueScorer)(name, model, linears, free)
-
-
-def load_scorer(name: str, location: str, base: BaseModel | ServedModel, linears: Linears) -> InProcess:
-    """The scorer of a stored value model, on the base model's device; it keeps nothing of the model that it can spare.
-
-    Raises VasError for a checkpoint that cannot be loaded, or one whose tokenizer is not the base model's.
-    """
-    model = ValueModel.load(location, base.device)
-    check_tokenizers(model.config, base.name, base.tokenizer_digest)
-    return make_scorer(name, model, linears, free=True)

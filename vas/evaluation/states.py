@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,15 +12,16 @@ from torch import Tensor
 from vas import guidance
 from vas.choices import Linears
 from vas.config import RunConfig
+from vas.decoding.loading import load_scorer
 from vas.decoding.runner import ModelRunner
 from vas.decoding.sampler import policy
+from vas.decoding.scorer import InProcess, ScoreBatch
 from vas.decoding.sequence import SamplingParams
 from vas.decoding.served import logprobs
 from vas.http import Meter
 from vas.models.base import BaseModel, set_threads
 from vas.models.served import ServedModel, open_base
 from vas.models.server import Prefix
-from vas.models.value import ValueModel, check_tokenizers
 
 BATCH = 16  # states in a pass
 
@@ -46,20 +47,14 @@ def state_values(
     """
     set_threads(config.resources.cpus_per_actor)
     base = open_base(config.base, "cuda" if config.resources.gpus_per_actor else "cpu", meter)
-    model = ValueModel.load(location, base.device)
-    check_tokenizers(model.config, base.name, base.tokenizer_digest)
+    scorer = load_scorer(config.value.name, location, base, config.base.linears)
     next_of = _called(base) if isinstance(base, ServedModel) else _run(base, config.base.linears)
-    value_runner = ModelRunner(model.backbone, config.base.linears, free=True)
     values, spreads = [], []
     for batch in _batches(states):
-        with value_runner.sequences(len(batch)) as owners:
-            values.append(_last_values(model, value_runner, batch))
-            spreads.append(_spread(config, base, next_of(batch), model, value_runner, owners))
-    ends = []
-    for batch in _batches(final):
-        with value_runner.sequences(len(batch)):
-            ends.append(_last_values(model, value_runner, batch))
-    return StateValues(*(_join(each, len(model.objectives)) for each in (values, spreads, ends)))
+        values.append(_ends(scorer, batch))
+        spreads.append(_spread(config, base, next_of(batch), scorer, batch))
+    ends = [_ends(scorer, batch) for batch in _batches(final)]
+    return StateValues(*(_join(each, len(scorer.objectives)) for each in (values, spreads, ends)))
 
 
 def _run(base: BaseModel, linears: Linears) -> Callable[[list[Prefix]], Tensor]:
@@ -85,33 +80,31 @@ def _called(base: ServedModel) -> Callable[[list[Prefix]], Tensor]:
     return told
 
 
-def _last_values(model: ValueModel, runner: ModelRunner, batch: list[Prefix]) -> Tensor:
-    """Read the sequences; returns V of their last states [B, J]."""
-    tokens = [_tokens(state) for state in batch]
-    hidden_NH = runner.extend(range(len(batch)), tokens)
-    last = np.cumsum([len(each) for each in tokens]) - 1
-    return model.values(model.outputs(hidden_NH[torch.from_numpy(last).to(hidden_NH.device)]))
+def _ends(scorer: InProcess, batch: list[Prefix]) -> Tensor:
+    """V of the last states of sequences [B, J]."""
+    return scorer.ends([(state.prompt, state.response) for state in batch])
 
 
 def _spread(
-    config: RunConfig,
-    base: BaseModel | ServedModel,
-    logits_BV: Tensor,
-    model: ValueModel,
-    value_runner: ModelRunner,
-    owners: range,
+    config: RunConfig, base: BaseModel | ServedModel, logits_BV: Tensor, scorer: InProcess, batch: list[Prefix]
 ) -> Tensor:
-    """π0-weighted standard deviation of the candidates' values [B, J], after sequences the value model has read."""
-    base_BV = policy(logits_BV, [SamplingParams.of(config.rollouts.sampling, seed=0)] * len(owners))
+    """π0-weighted standard deviation of the values of states' candidates [B, J]."""
+    count = len(batch)
+    base_BV = policy(logits_BV, [SamplingParams.of(config.rollouts.sampling, seed=0)] * count)
     eos = torch.tensor(base.eos_token_ids, dtype=torch.long, device=logits_BV.device)
-    k_B = torch.full((len(owners),), config.evaluation.candidates)
-    tokens_BK, valid_BK = guidance.select_candidates(base_BV, k_B, eos)
-    nothing: list[Sequence[int]] = [()] * len(owners)
-    k = tokens_BK.shape[1]
-    hidden_NH, _ = value_runner.branch(
-        owners, nothing, np.repeat(np.arange(len(owners)), k), tokens_BK.flatten().cpu().numpy()
-    )
-    values_BKJ = model.values(model.outputs(hidden_NH)).view(*tokens_BK.shape, -1)
+    tokens_BK, valid_BK = guidance.select_candidates(base_BV, torch.full((count,), config.evaluation.candidates), eos)
+    tokens = [tuple(_tokens(state)) for state in batch]
+    for number, state in enumerate(batch):
+        scorer.open(number, len(state.prompt))
+    longer = [number for number, each in enumerate(tokens) if len(each) > 1]
+    if longer:
+        scorer.extend(longer, [tokens[number][:-1] for number in longer])
+    none = torch.zeros(count, len(scorer.objectives))
+    last = [each[-1:] for each in tokens]
+    question = ScoreBatch(range(count), last, list(range(count)), tokens_BK, valid_BK, none, torch.zeros(count) > 0)
+    values_BKJ, _ = scorer.answer(question)
+    for number in range(count):
+        scorer.close(number)
     logprobs_BK = base_BV.gather(1, tokens_BK).masked_fill(~valid_BK, guidance.NEVER)
     advantages_BKJ = guidance.advantages(values_BKJ, logprobs_BK, valid_BK)
     return (torch.softmax(logprobs_BK, dim=-1)[..., None] * advantages_BKJ.square()).sum(1).sqrt()

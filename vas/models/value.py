@@ -33,7 +33,8 @@ class ValueModelConfig(PreTrainedConfig):
 
     backbone: the backbone's own config. objectives: one dict each with `name`, `mean`, `std`
     (of the training rollouts' rewards), `low`, `high` (range of the standardised reward)
-    and `reward_version`. head: `{"kind", "bins", "label"}`; `vocab` needs the kind alone.
+    and `reward_version`. head: `{"kind", "bins", "label"}`; `vocab` needs the kind alone. reads: `ids`
+    of the base model's tokenizer, or `text` in tokens of its own.
     """
 
     model_type = "vas_value"
@@ -47,6 +48,7 @@ class ValueModelConfig(PreTrainedConfig):
         base_model: str = "",
         td_lambda: float = 1.0,
         run_digest: str = "",
+        reads: str = "ids",
         **kwargs: Any,
     ) -> None:
         self.backbone = backbone or {}
@@ -56,6 +58,7 @@ class ValueModelConfig(PreTrainedConfig):
         self.base_model = base_model
         self.td_lambda = td_lambda
         self.run_digest = run_digest
+        self.reads = reads
         super().__init__(**kwargs)
 
     @classmethod
@@ -312,6 +315,8 @@ def check_extension(old: ValueModelConfig, location: str, objectives: Sequence[s
                 where,
                 "take it out of the run's rewards",
             )
+    if old.reads != "ids":
+        raise VasError("a value model that reads text cannot get more heads", where, "train one of its own")
     if old.head != head:
         raise VasError(
             f"the value model's heads are {old.head}, this run's would be {head}",
@@ -321,12 +326,15 @@ def check_extension(old: ValueModelConfig, location: str, objectives: Sequence[s
 
 
 def check_tokenizers(config: ValueModelConfig, base_name: str, base_digest: str) -> None:
-    """Guidance by token id needs one vocabulary. Raises VasError that names both models otherwise."""
-    if config.tokenizer_digest != base_digest:
+    """Guidance by token id needs one vocabulary. Raises VasError that names both models otherwise.
+
+    A value model that was trained on text has a tokenizer of its own.
+    """
+    if config.reads == "ids" and config.tokenizer_digest != base_digest:
         raise VasError(
             "the value model and the base model have different tokenizers, so token ids mean different things",
             f"value model of {config.base_model} ({config.tokenizer_digest}), base model {base_name} ({base_digest})",
-            "train the value model on a backbone that shares the base model's tokenizer",
+            "train a value model on this base model's rollouts; its backbone may have any tokenizer",
         )
 
 

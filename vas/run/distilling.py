@@ -31,9 +31,17 @@ def distill_run(location: str, name: str = "vocab", epochs: int | None = None) -
     if name == run.config.value.name:
         raise VasError(f"'{name}' is the value model to distil", run.value, "give the new one another name")
     quieten()
+    if run.config.base.called:
+        raise VasError(
+            "a vocab head needs the base model's own next tokens by the thousand, and this one is only called",
+            run.location,
+            "give a run whose base model has weights here (base.local_weights)",
+        )
     base = load_base(run.config.base)
     teacher = ValueModel.load(run.value, base.model.device)
     check_tokenizers(teacher.config, base.name, base.tokenizer_digest)
+    if teacher.config.reads == "text":
+        raise VasError("the value model reads text; vocab heads score the base model's own tokens", run.value)
     if teacher.scores_vocabulary:
         raise VasError("the value model has vocab heads already", run.value, "there is nothing to distil")
     rows = training_rows(run)

@@ -30,7 +30,8 @@ def check(config: RunConfig) -> None:
 
     from transformers import AutoConfig  # slow to import, so after what may fail at once
 
-    from vas.models.base import load_pretrained, load_tokenizer, quieten, tokenizer_digest
+    from vas.models.base import load_pretrained, quieten
+    from vas.training.spelling import Spelling
 
     quieten()
     if not config.base.called:
@@ -39,16 +40,9 @@ def check(config: RunConfig) -> None:
     layers = load_pretrained(AutoConfig, source, revision).get_text_config().num_hidden_layers
     if config.value.layers and config.value.layers > layers:
         raise VasError(f"the backbone has {layers} layers, fewer than {config.value.layers}", "value.layers")
-    base, backbone = (
-        tokenizer_digest(load_tokenizer(*model))
-        for model in ((config.base.tokenizer_id, config.base.revision), (source, revision))
-    )
-    if base != backbone:
-        raise VasError(
-            "the value model's backbone and the base model have different tokenizers",
-            f"value.backbone: {source}, base.model: {config.base.model}",
-            "use a backbone that shares the base model's tokenizer, such as its smaller sibling",
-        )
+    if spelling := Spelling.of(config):
+        spelling.load()
+        console.print("tokenizers   differ, so the value model reads the text of responses", highlight=False)
 
 
 def prepare(run: RunDirectory) -> StoredPrompts:

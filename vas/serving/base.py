@@ -15,8 +15,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from vas.decoding.engine import Engine
+from vas.decoding.loading import load_scorer
 from vas.decoding.loop import Loop
-from vas.decoding.scorer import InProcess, Scorer, load_scorer
+from vas.decoding.scorer import InProcess, Scorer
 from vas.decoding.sequence import Completion, Request, Token
 from vas.errors import EngineDied, VasError
 from vas.http import Rejected

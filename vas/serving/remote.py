@@ -88,7 +88,7 @@ class RemoteScorer:
     def limit(self, kv_tokens: int | None) -> None:
         """The replicas have a limit of their own."""
 
-    def open(self, sequence: Hashable) -> None:
+    def open(self, sequence: Hashable, prompt: int = 0) -> None:
         """Begin a sequence; the replica hears of it with its first question."""
         self._opened += 1
         self._sequences[sequence] = _Remote(self._opened)

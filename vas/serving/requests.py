@@ -47,6 +47,12 @@ class Served:
         objectives: dict[str, Objective] = {}
         for spec in settled.value_models:
             config = ValueModelConfig.load(spec.path)
+            if config.reads == "text" and spec.placement == "deployment":
+                raise VasError(
+                    f"the value model {spec.name} reads text, which needs the base model's tokenizer beside it",
+                    "value_models: placement",
+                    "set it to colocated",
+                )
             rooms.append(config.context_length)
             kind = config.head["kind"]
             for each in config.objectives:

@@ -16,6 +16,7 @@ from vas.training import resume
 from vas.training.deepspeed_config import deepspeed_config
 from vas.training.objective import ValueObjective
 from vas.training.resume import Progress
+from vas.training.spelling import Spelling
 
 
 def build_model(config: RunConfig, objectives: list[dict[str, Any]]) -> ValueModel:
@@ -23,8 +24,9 @@ def build_model(config: RunConfig, objectives: list[dict[str, Any]]) -> ValueMod
     model = ValueModel.build(
         config.value,
         config.base,
-        load_tokenizer(*config.backbone()),
+        load_tokenizer(*config.value_tokenizer()),
         objectives,
+        reads="text" if Spelling.of(config) else "ids",
         td_lambda=config.train.td_lambda,
         run_digest=config.digest(),
     )

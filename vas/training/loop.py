@@ -134,7 +134,7 @@ class _Training:
         model = self._objective.model
         state = full_state(self._engine, model)
         if self._rank == 0:
-            tokenizer = load_tokenizer(*self._config.backbone())
+            tokenizer = load_tokenizer(*self._config.value_tokenizer())
             export(model, state, tokenizer, self._config, self._progress.history, self._settings["output"])
 
     def _save(self, tracking: Tracking | None, metrics: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,10 @@ import ray.data
 from vas import storage
 from vas.digests import digest
 from vas.progress import Tracker
+from vas.training.spelling import Spelling
+
+if TYPE_CHECKING:
+    from vas.models.translation import Translation
 
 ROW_TOKENS = 2048  # a longer row is split; each part brings the prompt again
 FILE_ROLLOUTS = 4096  # rollouts that one task packs into one file
@@ -30,6 +34,7 @@ PACKED_SCHEMA = pa.schema(
         ("first", pa.list_(pa.int32())),  # state that π0 took over at: those before have no target of π0's
     ]
 )
+
 INDEX = "index.parquet"  # written last: a row a packed row, with `file`, `tokens`, `states`
 COLUMNS = [
     *("prompt_id", "prompt_token_ids", "response_token_ids", "finish_reason", "error", "held_out", "rewards"),
@@ -37,19 +42,22 @@ COLUMNS = [
 ]
 
 
-def pack_all(files: list[str], rows: list[int], objectives: list[str], location: str) -> dict[str, str]:
+def pack_all(
+    files: list[str], rows: list[int], objectives: list[str], location: str, spelling: Spelling | None = None
+) -> dict[str, str]:
     """Pack rollout files into training rows, a side of the split each; returns side → location.
 
-    rows: rollouts in each of the files. What is packed already, from the same files for the same objectives,
-    is not packed again: the locations are named after them.
+    rows: rollouts in each of the files. spelling: of a value model that reads text in tokens of its own. What is
+    packed already, from the same files for the same objectives, is not packed again: the locations are named after
+    them.
     """
-    target = storage.join(location, digest("packed since", *objectives, *sorted(files)))
+    target = storage.join(location, digest("packed since", *objectives, *(spelling or ()), *sorted(files)))
     sides = {side: storage.join(target, side) for side in ("train", "held_out")}
     if storage.exists(storage.join(sides["held_out"], INDEX)):
         return sides
     groups = _groups(files, rows)
     tasks = ray.data.from_items([{"number": n, "files": group} for n, group in enumerate(groups)])
-    packed = tasks.map(partial(_pack_group, objectives=objectives, sides=sides), num_cpus=1)
+    packed = tasks.map(partial(_pack_group, objectives=objectives, sides=sides, spelling=spelling), num_cpus=1)
     found: list[dict[str, Any]] = []
     with Tracker("packing", len(groups)) as tracker:
         for row in packed.iter_rows():
@@ -67,12 +75,15 @@ def _groups(files: list[str], rows: list[int]) -> list[list[str]]:
     return [[files[i] for i in np.flatnonzero(number == n)] for n in np.unique(number)]
 
 
-def _pack_group(task: dict[str, Any], objectives: list[str], sides: dict[str, str]) -> dict[str, Any]:
+def _pack_group(
+    task: dict[str, Any], objectives: list[str], sides: dict[str, str], spelling: Spelling | None
+) -> dict[str, Any]:
     """Pack one group into a file of each side; says how long the rows are."""
     table = storage.read_table(list(task["files"]), columns=COLUMNS)
     about: dict[str, Any] = {"number": task["number"]}
+    translation = spelling.load() if spelling is not None else None
     for side, place in sides.items():
-        packed = pack(table.filter(pc.equal(table["held_out"], side == "held_out")), objectives)
+        packed = pack(table.filter(pc.equal(table["held_out"], side == "held_out")), objectives, translation)
         storage.write_table(packed_file(place, task["number"]), packed)
         about[f"{side}_tokens"], about[f"{side}_states"] = lengths(packed)
     return about
@@ -102,10 +113,12 @@ def lengths(packed: pa.Table) -> tuple[list[int], list[int]]:
     return tokens, states
 
 
-def pack(table: pa.Table, objectives: list[str]) -> pa.Table:
-    """Rollout rows to packed rows; failed rollouts stay out."""
+def pack(table: pa.Table, objectives: list[str], translation: Translation | None = None) -> pa.Table:
+    """Rollout rows to packed rows, in other tokens if asked; failed rollouts stay out."""
     groups: dict[str, dict[str, Any]] = {}
     for row in table.to_pylist():
+        if row["error"] is None and translation is not None:
+            row |= _translated(row, translation)
         if row["error"] is not None or not row["response_token_ids"]:
             continue
         group = groups.get(row["prompt_id"])
@@ -129,3 +142,14 @@ def pack(table: pa.Table, objectives: list[str]) -> pa.Table:
         group["first"].append(row["roll_in_length"] or 0)
         group["size"] += size
     return pa.Table.from_pylist(list(groups.values()), schema=PACKED_SCHEMA)
+
+
+def _translated(row: dict[str, Any], translation: Translation) -> dict[str, Any]:
+    """A rollout in the value model's tokens."""
+    response, roll_in = row["response_token_ids"], row["roll_in_length"] or 0
+    tokens = translation.response(response)
+    return {
+        "prompt_token_ids": translation.prompt(row["prompt_token_ids"]),
+        "response_token_ids": tokens,
+        "roll_in_length": min(len(translation.response(response[:roll_in])), len(tokens)) if roll_in else 0,
+    }

@@ -27,6 +27,7 @@ from vas.rewards import load_rewards
 from vas.training import history
 from vas.training.deepspeed_config import deepspeed_config
 from vas.training.packing import INDEX, pack_all
+from vas.training.spelling import Spelling
 
 MAX_FAILURES = 3  # workers that die of other than a machine taken away; those are not counted
 
@@ -46,9 +47,8 @@ def train(config: RunConfig, rollouts: list[str], train_storage: str, output: st
     each = worker(resources)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = _Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # Ray's decorator adds it
-    packed = pack_all(
-        files, [len(table) for table in tables], list(config.rewards), storage.join(train_storage, "packed")
-    )
+    place = storage.join(train_storage, "packed")
+    packed = pack_all(files, [len(table) for table in tables], list(config.rewards), place, Spelling.of(config))
     rows = len(storage.read_table([storage.join(packed["train"], INDEX)]))
     trainer = TorchTrainer(
         _worker,

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from vas.config import RunConfig
 from vas.decoding.engine import Engine
+from vas.decoding.loading import load_scorer
 from vas.decoding.loop import Loop
-from vas.decoding.scorer import load_scorer
 from vas.decoding.sequence import Completion, Request
 from vas.errors import VasError
 from vas.http import Meter, Rejected

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from vas.config import RunConfig
 from vas.decoding.engine import Engine
+from vas.decoding.loading import load_scorer
 from vas.decoding.loop import Loop
-from vas.decoding.scorer import load_scorer
 from vas.decoding.sequence import Completion, Request
 from vas.errors import VasError
 from vas.models.base import BaseModel, load_base, set_threads
