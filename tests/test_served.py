@@ -7,20 +7,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from openai_server import MODEL, llama_server, proxy
+from openai_server import proxy
 from tiny import tiny_value
 
+from benchmarks.llama import MODEL, llama_server
 from vas import http
-from vas.config import Base
+from vas.config import Base, Prompts
 from vas.decoding.engine import Engine
 from vas.decoding.loop import Loop
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.errors import VasError
 from vas.http import Rejected
-from vas.models.base import encode_prompt
+from vas.models.base import encode_prompt, load_base
 from vas.models.served import ServedModel, open_base
 from vas.models.server import Ask, Prefix
+from vas.prompts import load_prompts
 from vas.schema import Prompt
 
 TEXT = "The capital of France is"
@@ -75,6 +77,28 @@ def test_guidance_is_what_it_is_for_local_weights(served, prompt):
     assert low.kl > 0 < high.kl
     (base,) = Engine(served).generate([Request("base", prompt, SamplingParams(max_tokens=8, seed=3))])
     assert base.token_ids == none.token_ids
+
+
+def test_greedy_guidance_says_what_it_says_with_local_weights():
+    """Fifty prompts, by a server whose log-probs agree to 1e-3."""
+    local = load_base(Base(model=MODEL))
+    prompts = [tuple(encode_prompt(local.tokenizer, each)) for each in load_prompts(Prompts(source="bundled:demo"))]
+    how, sampling = GuidanceParams({"any": 2.0}, 8), SamplingParams(temperature=0, max_tokens=8, logprobs=2)
+    requests = [Request(str(i), prompt, sampling, how) for i, prompt in enumerate(prompts[:50])]
+    value = tiny_value(objectives=("any",), vocab=local.vocabulary)
+    here = Engine(local, [make_scorer("value", value)]).generate(requests)
+    with llama_server(exact=True) as url:
+        served = open_base(Base(model=MODEL, openai=url, concurrency=2))
+        there = Engine(served, [make_scorer("value", value)]).generate(requests)
+    told, known = ([each for one in done for each in one.logprobs] for done in (there, here))
+    same = [one.text == other.text for one, other in zip(here, there, strict=True)]
+    for one, other in zip(here, there, strict=True):
+        places = (i for i, (a, b) in enumerate(zip(one.token_ids, other.token_ids, strict=False)) if a != b)
+        if (first := next(places, None)) is not None:  # two candidates as close as the log-probs agree
+            assert one.top[first][0][2] - one.top[first][1][2] < 2e-3
+    assert sum(same) >= 48
+    if all(same):
+        assert told == pytest.approx(known, abs=1e-3)
 
 
 # --- forms of servers -------------------------------------------------------------------------------------------
