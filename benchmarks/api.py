@@ -90,6 +90,7 @@ class Bench:
             "rollouts.sampling.temperature=1.0",
             "rollouts.samples_per_prompt=4",
             "evaluation.best_of=[4]",
+            "evaluation.trust_prompts=0",
             "prompts.limit=240",
             "train.track=[]",
         ]

@@ -83,11 +83,11 @@ def test_greedy_guidance_says_what_it_says_with_local_weights():
     """Fifty prompts, by a server whose log-probs agree to 1e-3."""
     local = load_base(Base(model=MODEL))
     prompts = [tuple(encode_prompt(local.tokenizer, each)) for each in load_prompts(Prompts(source="bundled:demo"))]
-    how, sampling = GuidanceParams({"any": 2.0}, 8), SamplingParams(temperature=0, max_tokens=8, logprobs=2)
+    how, sampling = GuidanceParams({"any": 2.0}, 8), SamplingParams(temperature=0, max_tokens=6, logprobs=2)
     requests = [Request(str(i), prompt, sampling, how) for i, prompt in enumerate(prompts[:50])]
     value = tiny_value(objectives=("any",), vocab=local.vocabulary)
     here = Engine(local, [make_scorer("value", value)]).generate(requests)
-    with llama_server(exact=True) as url:
+    with llama_server(exact=True, threads=2) as url:
         served = open_base(Base(model=MODEL, openai=url, concurrency=2))
         there = Engine(served, [make_scorer("value", value)]).generate(requests)
     told, known = ([each for one in done for each in one.logprobs] for done in (there, here))

@@ -301,6 +301,8 @@ class Engine:
             base_BV = policy(logits_BV, knobs)
             guided_BV = self._guide(sequences, base_BV)
         with self.clock.part("sample"):
+            if isinstance(self._runner, ServedRunner):
+                guided_BV = self._runner.certain(guided_BV, knobs)
             drawn = draw(sequences, base_BV, guided_BV)
             failed: dict[int, Exception] = {}
             if isinstance(self._runner, ServedRunner):

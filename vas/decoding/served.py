@@ -67,6 +67,7 @@ class ServedRunner:
         self._model = model
         self.device = model.device
         self.cache = Calls()
+        self._rest_V = torch.arange(model.vocabulary + 1) == model.vocabulary
         self._ahead: dict[Hashable, Ahead] = {}
 
     def arrived(self, sequences: Sequence[Running]) -> tuple[list[Running], list[tuple[Running, Exception]]]:
@@ -128,8 +129,15 @@ class ServedRunner:
     def cut(self, logprobs_BV: Tensor, knobs: Sequence[SamplingParams]) -> None:
         """Leave out what the server has not told where its mass says nothing: at other temperatures, or truncated."""
         for row, knob in zip(logprobs_BV, knobs, strict=True):
-            if knob.temperature != 1 or knob.top_k or knob.top_p < 1 or knob.min_p:
+            if knob.temperature not in (0, 1) or knob.top_k or knob.top_p < 1 or knob.min_p:
                 row[-1] = -math.inf
+
+    def certain(self, logprobs_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
+        """Log-probs in which a greedy request finds only what the server has told."""
+        greedy = torch.tensor([knob.temperature == 0 for knob in knobs])
+        if not greedy.any():
+            return logprobs_BV
+        return logprobs_BV.masked_fill(greedy[:, None] & self._rest_V, -math.inf)
 
     def settle(self, sequences: Sequence[Running], drawn: Sequence[Drawn]) -> tuple[list[Drawn], dict[int, Exception]]:
         """What was drawn, with tokens that the server draws where it was one that it had not told.

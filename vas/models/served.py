@@ -63,6 +63,7 @@ class ServedModel:
         self.vocabulary = max(len(server.tokenizer), max(server.eos_token_ids) + 1)
         self._pool = ThreadPoolExecutor(server.concurrency, "served model")
         self._read = Reader(server.tokenizer, server.eos_token_ids)
+        self._whole = server.tokenizer(" a", add_special_tokens=False).input_ids[-1]
         self.top = self._find_top()
         """How many of the likeliest tokens a call tells; 0 if none."""
         self._most_choices: int | None = None
@@ -146,17 +147,31 @@ class ServedModel:
         return 0
 
     def _ahead(self, prefix: Prefix, top: int) -> Ahead:
-        [choice, *_] = self._ask(prefix, Ask(1, logprobs=top))
         best: dict[int, float] = {}
-        with self._ours():
-            told = next_tokens(choice, self._read)
-        for token, logprob in told:
+        for token, logprob in self._told(prefix, top):
             if self._can_stand(prefix, token):
                 best[token] = max(logprob, best.get(token, -math.inf))
         if not best:
             raise VasError("the server tells no log-probs of next tokens", self.server.client.url)
         ordered = sorted(best.items(), key=lambda item: -item[1])
         return Ahead(tuple(token for token, _ in ordered), tuple(logprob for _, logprob in ordered))
+
+    def _told(self, prefix: Prefix, top: int) -> list[tuple[int, float]]:
+        """What the server tells beside a token that it draws.
+
+        Where that is half a character, llama.cpp tells nothing. Then it is made to draw a whole one: of all servers
+        known, log-probs are those before any bias.
+        """
+        for bias in ({}, {self._whole: -FORBIDDEN}):
+            [choice, *_] = self._ask(prefix, Ask(1, logprobs=top, logit_bias=bias))
+            try:
+                with self._ours():
+                    return next_tokens(choice, self._read)
+            except VasError:
+                text = str(choice.get("text") or TORN)
+                if bias or TORN not in text:
+                    raise
+        raise AssertionError("the second attempt returns or raises")
 
     def _can_stand(self, prefix: Prefix, token: int) -> bool:
         """Whether a prefix with this token can be sent: as text, characters must be whole."""
