@@ -17,11 +17,15 @@ demo: $(VENV)/installed  ## Train value models on a small language model's own r
 test: $(VENV)/installed  ## All tests; those that start clusters wait a lot, so the others run beside them
 	$(MAKE) --jobs=2 --keep-going --no-print-directory tests-with-ray tests-without
 
+# with a cluster, but after the tests without, which are done sooner
+IN_THE_END = tests/cluster/test_api_base.py
+
 tests-with-ray: $(VENV)/installed
-	$(BIN)/python -m pytest tests/cluster -o cache_dir=.pytest_cache/cluster
+	$(BIN)/python -m pytest tests/cluster --ignore=$(IN_THE_END) -o cache_dir=.pytest_cache/cluster
 
 tests-without: $(VENV)/installed
 	nice -n 5 $(BIN)/python -m pytest --ignore=tests/cluster
+	nice -n 5 $(BIN)/python -m pytest $(IN_THE_END)
 
 lint: $(VENV)/installed  ## Format, lint, types, and the floors of the design
 	$(BIN)/ruff format --check .
@@ -62,7 +66,7 @@ test-cluster: $(VENV)/installed  ## Jobs, endpoints and machines that come and g
 # a benchmark has the machine to itself: a short spin saves waking a thread for every operation; not an endpoint, whose
 # processes share it
 bench-%: export GOMP_SPINCOUNT = 10000
-bench-serving: export GOMP_SPINCOUNT = 0
+bench-serving bench-api: export GOMP_SPINCOUNT = 0
 bench-%: $(VENV)/installed
 	$(BIN)/python -m benchmarks.$* --json benchmarks/results/$*.json $(ARGS)
 

@@ -42,7 +42,7 @@ def llama_server(parallel: int = 2, exact: bool = False, threads: int = 1) -> It
     exact: all in float32, so that its log-probs are those of the dequantised model that is bundled, to about 1e-4.
     """
     gguf = _in_float32() if exact else _bundled()
-    port = _free_port()
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-c", _SERVE, str(gguf), str(port), str(parallel), "exact" if exact else "", str(threads)],
         stdin=subprocess.PIPE,
@@ -105,7 +105,8 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]

@@ -39,8 +39,8 @@ A run is one YAML file. `vas config show FILE` prints it with every default spel
   `--set rewards.brief.params.limit=20`, `--set "evaluation.best_of=[2, 4]"`. The value is YAML.
 - Every number must be finite.
 - The digest in `run.json` identifies a run. It covers every key but `resources` and `runs_dir`,
-  `base.openai` and `base.api_key_env`, and of `rollouts` the keys `tensor_parallel`, `concurrency`,
-  `timeout` and `attempts`: those say where a run computes and lies, and may change between two calls.
+  `rollouts.tensor_parallel`, and of `base` the keys `openai`, `api_key_env`, `concurrency`, `timeout`,
+  `attempts`, `most_calls` and `most_tokens`: those say where a run computes and lies, and may change between two calls.
   With any other change the run is another run, and needs another `name`.
 """
 

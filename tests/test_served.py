@@ -82,7 +82,8 @@ def test_guidance_is_what_it_is_for_local_weights(served, prompt):
 def test_greedy_guidance_says_what_it_says_with_local_weights():
     """Fifty prompts, by a server whose log-probs agree to 1e-3."""
     local = load_base(Base(model=MODEL))
-    prompts = [tuple(encode_prompt(local.tokenizer, each)) for each in load_prompts(Prompts(source="bundled:demo"))]
+    asked = [each.messages[-1]["content"] for each in load_prompts(Prompts(source="bundled:demo"))]
+    prompts = [tuple(local.tokenizer(each).input_ids) for each in asked]
     how, sampling = GuidanceParams({"any": 2.0}, 8), SamplingParams(temperature=0, max_tokens=6, logprobs=2)
     requests = [Request(str(i), prompt, sampling, how) for i, prompt in enumerate(prompts[:50])]
     value = tiny_value(objectives=("any",), vocab=local.vocabulary)

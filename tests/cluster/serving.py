@@ -17,11 +17,12 @@ from command import tiny_run
 from ray import serve
 from ray.serve.config import HTTPOptions
 from tiny import tiny_tokenizer, tiny_value
-from tools import wait_until
+from tools import command, descendants, wait_until
 
+from benchmarks.llama import free_port
 from vas.serving.app import build
 
-PORT = 8765
+PORT = free_port()  # two test processes may serve at once
 URL = f"http://127.0.0.1:{PORT}"
 CHAT = [{"role": "user", "content": "what does the fox think of the weather?"}]
 
@@ -66,13 +67,10 @@ def client(key: str = "none", **options: Any) -> openai.OpenAI:
 
 
 def replicas(deployment: str) -> list[psutil.Process]:
-    """The processes of a deployment's replicas, the oldest first."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "create_time"]):
-        words = process.info["cmdline"] or []
-        if words and words[0].startswith(f"ray::ServeReplica:vas:{deployment}"):
-            found.append(process)
-    return sorted(found, key=lambda process: process.info["create_time"])
+    """The processes of a deployment's replicas on this test's own cluster, the oldest first."""
+    name = f"ray::ServeReplica:vas:{deployment}"
+    found = [process for process in descendants(os.getpid()) if command(process).startswith(name)]
+    return sorted(found, key=lambda process: process.create_time())
 
 
 def kill(deployment: str) -> None:

@@ -36,7 +36,7 @@ REWARD = """
 def articles(prompts, responses):
     return [response.lower().split().count("the") for response in responses]
 """
-BETA = 5.0
+BETA, PROMPTS = 5.0, 34
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,9 @@ def content(llama: str, tmp_path_factory) -> dict[str, Any]:
         "name": "called",
         "runs_dir": str(folder / "runs"),
         "base": {"model": str(folder / "base"), "openai": llama, "concurrency": 4},
-        "prompts": {"source": "bundled:demo", "limit": 44},
+        "prompts": {"source": "bundled:demo", "limit": PROMPTS},
         "rewards": {"the": {"use": f"python:{folder / 'reward.py'}:articles"}},
-        "rollouts": {"samples_per_prompt": 3, "batch_size": 64, "sampling": {"max_tokens": 16}},
+        "rollouts": {"samples_per_prompt": 3, "batch_size": 64, "sampling": {"max_tokens": 12}},
         "value": {"backbone": save_with_another_tokenizer(folder / "backbone"), "layers": 3},
         "train": {"epochs": 2, "batch_size": 4, "lr": 3e-4, "head_lr": 6e-3},
         "evaluation": {
@@ -93,7 +93,7 @@ def test_all_stages_are_done_without_the_weights(run):
     with pytest.raises(VasError, match="cannot load the model"):
         load_base(run.config.base)
     rows = read_rollouts(run.rollouts).to_pylist()
-    assert len(rows) == 44 * 3
+    assert len(rows) == PROMPTS * 3
     assert all(row["error"] is None and row["base_model"] == run.config.base.model for row in rows)
     spent = json.loads(storage.read_bytes(run.path("usage.json")))
     assert spent["calls"] > len(rows)

@@ -67,7 +67,6 @@ class ServedModel:
         self.top = self._find_top()
         """How many of the likeliest tokens a call tells; 0 if none."""
         self._most_choices: int | None = None
-        logger.info("%s %s", server.client.url, self.abilities())
 
     def abilities(self) -> str:
         """What the server can do, in words."""

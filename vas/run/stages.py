@@ -31,10 +31,14 @@ def check(config: RunConfig) -> None:
     from transformers import AutoConfig  # slow to import, so after what may fail at once
 
     from vas.models.base import load_pretrained, quieten
+    from vas.models.served import ServedModel
+    from vas.models.server import Server
     from vas.training.spelling import Spelling
 
     quieten()
-    if not config.base.called:
+    if config.base.called:
+        console.print(f"server       {ServedModel(Server(config.base)).abilities()}", highlight=False)
+    else:
         load_pretrained(AutoConfig, config.base.model, config.base.revision)
     source, revision = config.backbone()
     layers = load_pretrained(AutoConfig, source, revision).get_text_config().num_hidden_layers

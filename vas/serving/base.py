@@ -22,7 +22,7 @@ from vas.decoding.sequence import Completion, Request, Token
 from vas.errors import EngineDied, VasError
 from vas.http import Rejected
 from vas.models.base import quieten, set_threads
-from vas.models.served import open_base
+from vas.models.served import ServedModel, open_base
 from vas.models.value import ValueModelConfig, check_tokenizers
 from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question
 from vas.serving.config import Settled, ValueModelSpec
@@ -147,6 +147,9 @@ class BaseReplica:
         while self._filled:
             self._filled.pop().post()
         engine = self._loop.engine
+        if isinstance(self._base, ServedModel):
+            cost = self._base.server.cost
+            self._metrics.cost(cost["calls"], cost["prompt_tokens"] + cost["completion_tokens"])
         self._metrics.step(tokens, seconds, engine.running, engine.waiting, engine.kv_bytes)
 
 

@@ -23,6 +23,9 @@ class EngineMetrics:
         self._running = Gauge("vas_engine_running", "Responses being decoded.", tags)
         self._waiting = Gauge("vas_engine_waiting", "Responses that wait for room.", tags)
         self._kv = Gauge("vas_engine_kv_bytes", "Bytes of KV held, base and colocated value models.", tags)
+        self._asked = Counter("vas_base_calls", "Calls of a base model that can only be called.", tags)
+        self._charged = Counter("vas_base_call_tokens", "Tokens that they are charged for.", tags)
+        self._cost = {"calls": 0, "tokens": 0}
         self._calls = Histogram(
             "vas_value_call_seconds", "Time of a step's call to a value deployment.", STEP, (*tags, "value_model")
         )
@@ -36,6 +39,13 @@ class EngineMetrics:
         self._running.set(running, self._tags)
         self._waiting.set(waiting, self._tags)
         self._kv.set(kv_bytes, self._tags)
+
+    def cost(self, calls: int, tokens: int) -> None:
+        """Take note of all that a server has been asked so far."""
+        for counter, name, now in ((self._asked, "calls", calls), (self._charged, "tokens", tokens)):
+            if now > self._cost[name]:
+                counter.inc(now - self._cost[name], self._tags)
+                self._cost[name] = now
 
     def value_call(self, value_model: str, seconds: float) -> None:
         """Count a call to a value model's deployment."""
