@@ -41,7 +41,7 @@ from vas.schema import Prompt
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 OBJECTIVE, BETA = "positive", 7.0
-STRONGER = (7.0, 14.0, 28.0)  # of blocks
+STRONGER = (14.0, 28.0)  # of blocks
 K, B = 4, 8
 PARALLEL = 4  # choices that the server gives a call, and responses that it decodes at once
 GREEDY = 50
@@ -92,6 +92,7 @@ class Bench:
             "evaluation.best_of=[4]",
             "evaluation.trust_prompts=0",
             "prompts.limit=240",
+            "resources.actors=1",
             "train.track=[]",
         ]
         base = [f"base.model={self.work / 'base'}", f"base.openai={self.url}", f"base.concurrency={PARALLEL}"]
@@ -223,7 +224,7 @@ def compare_greedy(bench: Bench, run: RunDirectory) -> list[Row]:
     with bench.server(exact=True) as url:
         served = open_base(run.config.base.model_copy(update={"openai": url}))
         how = GuidanceParams.of(run.config.evaluation, {OBJECTIVE: BETA})
-        sampling = replace(SamplingParams.of(run.config.rollouts.sampling, 0), temperature=0, logprobs=2)
+        sampling = replace(SamplingParams.of(run.config.rollouts.sampling, 0), temperature=0, logprobs=2, max_tokens=16)
         prompts = list(stages.prepare(run))[:GREEDY]
         done = []
         for base, name in ((local, "greedy, local"), (served, "greedy, called")):

@@ -15,11 +15,15 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def proxy(url: str, change: Callable[[str, dict[str, Any]], tuple[int, dict[str, str], Any] | None]) -> Iterator[str]:
+def proxy(
+    url: str,
+    change: Callable[[str, dict[str, Any]], tuple[int, dict[str, str], Any] | None],
+    alter: Callable[[Any], None] = lambda answer: None,
+) -> Iterator[str]:
     """In front of a server: its base URL.
 
     change: is given each call's path and body, which it may alter; what it returns (status, headers, body) is answered
-    instead of asking the server.
+    instead of asking the server. alter: may change what the server answers.
     """
 
     class Front(FaultyServer):
@@ -31,7 +35,9 @@ def proxy(url: str, change: Callable[[str, dict[str, Any]], tuple[int, dict[str,
             request.add_header("Content-Type", "application/json")
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
-                    return answer.status, {}, answer.read().decode()
+                    found = json.loads(answer.read())
+                    alter(found)
+                    return answer.status, {}, found
             except urllib.error.HTTPError as error:
                 return error.code, {}, error.read().decode()
 

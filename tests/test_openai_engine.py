@@ -162,12 +162,12 @@ def test_a_prompt_as_text_becomes_the_same_tokens_at_the_server(tmp_path, adds_b
 
 def test_what_the_server_refuses_fails_alone(tokenizer_only):
     refusal = (400, {}, {"error": {"message": "the prompt is too long"}})
-    server = FaultyServer(ANSWER, [refusal, refusal])
+    server = FaultyServer(ANSWER, [refusal] * 4)  # as ids and as text, with log-probs and without
     with server.serve() as url:
         found = engine_at(url, tokenizer_only, concurrency=1).generate(many(2))
     assert "the prompt is too long" in str(found[0])
     assert isinstance(found[1], Completion)
-    assert isinstance(server.asked[2]["prompt"], list), "ids were not what it minded"
+    assert isinstance(server.asked[4]["prompt"], list), "ids were not what it minded"
 
 
 def test_another_model_at_the_server_is_noticed(tokenizer_only):

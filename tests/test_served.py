@@ -49,6 +49,8 @@ def test_what_is_told_and_what_is_not_make_one(served, prompt):
 
 def test_what_is_not_told_can_be_drawn(served, prompt):
     ahead = served._ahead(Prefix(prompt), 5)
+    banned, _ = served.draw(Prefix(prompt), ahead, 0).result()
+    assert served.draw(Prefix(prompt), ahead, 0, {banned: -100.0}).result()[0] != banned
     drawn = [served.draw(Prefix(prompt), ahead, seed).result() for seed in range(8)]
     assert not {token for token, _ in drawn} & set(ahead.tokens)
     assert all(logprob <= ahead.logprobs[-1] + 1e-3 for _, logprob in drawn)
@@ -124,13 +126,40 @@ def text_only(path: str, body: dict):
     return None
 
 
+def in_words(answer: dict) -> None:
+    """As OpenAI's completions name tokens: by their texts, in another shape."""
+    for choice in answer["choices"]:
+        steps = (choice.get("logprobs") or {}).get("content") or []
+        choice["logprobs"] = {
+            "tokens": [step["token"] for step in steps],
+            "token_logprobs": [step["logprob"] for step in steps],
+            "top_logprobs": [{each["token"]: each["logprob"] for each in step["top_logprobs"]} for step in steps],
+        }
+
+
+def in_chats_words(answer: dict) -> None:
+    """As OpenAI's chats do."""
+    for choice in answer["choices"]:
+        for step in (choice.get("logprobs") or {}).get("content") or []:
+            for each in (step, *step["top_logprobs"]):
+                del each["id"]
+
+
+def nothing(answer: dict) -> None:
+    """As it is."""
+
+
 def no_logprobs(path: str, body: dict):
     body.pop("logprobs", None)
 
 
+def refuses_logprobs(path: str, body: dict):
+    return (400, {}, {"error": {"message": "logprobs are not supported"}}) if body.get("logprobs") else None
+
+
 @contextmanager
-def served_behind(url: str, change, **base) -> Iterator[ServedModel]:
-    with proxy(url, change) as front:
+def served_behind(url: str, change, alter=nothing, **base) -> Iterator[ServedModel]:
+    with proxy(url, change, alter) as front:
         yield open_base(Base(model=MODEL, openai=front, concurrency=2, **base))
 
 
@@ -145,14 +174,22 @@ def guided_by_any(model: ServedModel) -> Engine:
     return Engine(model, [make_scorer("value", tiny_value(objectives=("any",), vocab=model.vocabulary))])
 
 
-@pytest.mark.parametrize(("change", "form"), [(chats_only, "chat"), (text_only, "text")])
-def test_every_form_of_server_is_guided_alike(served, change, form):
+@pytest.mark.parametrize(
+    ("change", "alter", "form"),
+    [
+        (chats_only, nothing, "chat"),
+        (chats_only, in_chats_words, "chat"),
+        (text_only, nothing, "text"),
+        (text_only, in_words, "text"),
+    ],
+)
+def test_every_form_of_server_is_guided_alike(served, change, alter, form):
     """Greedy, and where the texts have the same tokens, so are the answers."""
-    [expected] = guided_by_any(served).generate([asked(served, "r", beta=0.5, temperature=0.0, max_tokens=8)])
-    with served_behind(served.server.client.url, change) as other:
+    [expected] = guided_by_any(served).generate([asked(served, "r", beta=-0.5, temperature=0.0, max_tokens=8)])
+    with served_behind(served.server.client.url, change, alter) as other:
         assert other.server.form == form
         assert other.server.continues
-        [found] = guided_by_any(other).generate([asked(other, "r", beta=0.5, temperature=0.0, max_tokens=8)])
+        [found] = guided_by_any(other).generate([asked(other, "r", beta=-0.5, temperature=0.0, max_tokens=8)])
     assert found.text == expected.text
     assert found.guided_logprobs == pytest.approx(expected.guided_logprobs, abs=0.05)
 
@@ -160,25 +197,57 @@ def test_every_form_of_server_is_guided_alike(served, change, form):
 def test_a_server_that_begins_anew_is_guided_by_whole_responses(served):
     with served_behind(served.server.client.url, begins_anew) as model:
         assert not model.server.continues
-        assert "begins every response anew" in model.abilities()
+        assert model.abilities() == (
+            "takes chats only and begins every response anew, tells 200 log-probs and heeds logit_bias, "
+            "gives 2 choices a call"
+        )
         engine = guided_by_any(model)
         with pytest.raises(VasError, match="begins every response anew"):
             engine.check(asked(model, "token"))
         with pytest.raises(VasError, match="N of at least max_tokens"):
             engine.check(asked(model, "block", "block:4"))
         [whole] = engine.generate([asked(model, "whole", "block:12")])
+        [plain] = engine.generate([asked(model, "plain", beta=0.0)])
     assert whole.text
     assert whole.guided_steps == 1
+    assert plain.text
 
 
-def test_without_logprobs_there_are_blocks(served):
-    with served_behind(served.server.client.url, no_logprobs) as model:
+@pytest.mark.parametrize("change", [no_logprobs, refuses_logprobs])
+def test_without_logprobs_there_are_blocks(served, change):
+    with served_behind(served.server.client.url, change) as model:
         assert model.top == 0
         engine = guided_by_any(model)
         with pytest.raises(VasError, match="guide by blocks"):
             engine.check(asked(model, "token"))
         [found] = engine.generate([asked(model, "block", "block:4")])
     assert found.text
+
+
+def test_what_is_not_told_is_drawn_while_others_go_on(served):
+    """Five tokens are told, so that the server draws every third or so; every response has all its tokens."""
+    few = ServedModel(served.server)
+    few.top = 5
+    requests = [asked(few, str(i), beta=0.5, seed=i, max_tokens=10) for i in range(6)]
+    found = guided_by_any(few).generate(requests)
+    assert all(len(each.token_ids) == 10 or each.finish_reason == "stop" for each in found)
+    assert (
+        sum(
+            each.token_ids[0] not in few._ahead(Prefix(r.prompt_token_ids), 5).tokens
+            for each, r in zip(found, requests, strict=True)
+        )
+        > 0
+    )
+    [alone] = guided_by_any(few).generate(requests[:1])
+    assert alone.token_ids[0] == found[0].token_ids[0]
+
+
+def test_room_is_counted_as_the_value_models(served):
+    engine = Engine(served, guided_by_any(served)._scorers, kv_tokens=256)
+    with pytest.raises(VasError, match="more than the KV cache may hold"):
+        engine.check(asked(served, "r", max_tokens=300))
+    found = engine.generate([asked(served, str(i), seed=i, max_tokens=6) for i in range(5)])
+    assert all(each.token_ids for each in found)
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------

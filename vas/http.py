@@ -32,6 +32,10 @@ class Rejected(Exception):
         super().__init__(str(error))
         self.error, self.whole, self.status = error, whole, status
 
+    def __reduce__(self) -> tuple[type[Rejected], tuple[VasError, bool, int | None]]:
+        """It crosses processes."""
+        return type(self), (self.error, self.whole, self.status)
+
 
 class Meter:
     """Counts what a server is asked, and may forbid more; this one does neither."""
@@ -82,6 +86,8 @@ class Client:
         """
         where = f"{self.url}/{path}"
         for attempt in range(1, self.attempts + 1):
+            if self._stopped.is_set():
+                raise VasError("nobody waits for the server's answer any more", where)
             self.meter.allow()
             self._count(attempt)
             asked = None
@@ -119,6 +125,11 @@ class Client:
     def stop(self) -> None:
         """Let requests under way end without another attempt; the client is of no use after."""
         self._stopped.set()
+
+    def close(self) -> None:
+        """Break off requests under way, too."""
+        self.stop()
+        self._client.close()
 
     def _post(self, where: str, body: dict[str, Any]) -> httpx2.Response:
         try:

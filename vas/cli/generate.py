@@ -49,15 +49,18 @@ def generate_text(
     output = Console()
     chat = _chat(run.config.prompts.system, prompt)
     tokens = encode_prompt(base.tokenizer, Prompt("", chat))
-    for i in range(samples):
-        request = Request(f"sample {i}", tuple(tokens), replace(how, seed=seed + i), guidance, messages=chat)
-        for token in engine.stream(request):
-            text = "".join(c for c in token.text if c.isprintable() or c in "\n\t")  # no escapes to the terminal
-            if plain or not output.is_terminal:
-                print(text, end="", flush=True)
-            else:
-                output.print(_shaded(text, token), end="", highlight=False, soft_wrap=True)
-        print()
+    try:
+        for i in range(samples):
+            request = Request(f"sample {i}", tuple(tokens), replace(how, seed=seed + i), guidance, messages=chat)
+            for token in engine.stream(request):
+                text = "".join(c for c in token.text if c.isprintable() or c in "\n\t")  # no escapes to the terminal
+                if plain or not output.is_terminal:
+                    print(text, end="", flush=True)
+                else:
+                    output.print(_shaded(text, token), end="", highlight=False, soft_wrap=True)
+            print()
+    finally:
+        base.close()
 
 
 def _check_strengths(strengths: dict[str, float], run: RunDirectory) -> None:

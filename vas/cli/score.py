@@ -37,6 +37,12 @@ def score_text(
     quieten()
     with storage.local_copy(checkpoint.location) as folder:
         model, tokenizer = ValueModel.load(folder), load_tokenizer(folder)
+    if model.config.reads == "text":
+        raise VasError(
+            "this value model reads text in tokens of its own, after a prompt in the base model's form",
+            checkpoint.location,
+            "`vas generate` and an endpoint guide by it",
+        )
     before = [] if prompt is None else encode_prompt(tokenizer, _chat(checkpoint, prompt))
     after = list(tokenizer(text, add_special_tokens=not before).input_ids)
     tokens = before + after

@@ -33,7 +33,8 @@ class Engine:
     Sequences join and leave at every step (continuous batching). Without guidance the
     tokens are those of Hugging Face `generate` in float32.
 
-    max_sequences: how many requests are decoded at once; more wait.
+    max_sequences: how many requests are decoded at once; more wait. With a base model that is only called, no more than
+    the calls that it may be asked at once.
     kv_tokens: tokens that the KV cache of the base model may hold, and that of each value model, counted
     as allocated (1, 2, 4 or 8 sequences or more in steps of 8, times the longest one in steps of 64). When
     they grow out of it, the youngest sequence waits, and later goes on with the tokens it would have had.
@@ -62,8 +63,12 @@ class Engine:
         self._guide = Guide(scorers, base.eos_token_ids, base.device, self.clock, self._vocab)
         self.objectives = tuple(self._guide.objectives)
         self._runner = (
-            ServedRunner(base) if isinstance(base, ServedModel) else ModelRunner(base.model, linears, free, kv_tokens)
+            ServedRunner(base, kv_tokens)
+            if isinstance(base, ServedModel)
+            else ModelRunner(base.model, linears, free, kv_tokens)
         )
+        if isinstance(base, ServedModel):  # more than it may call for at once would take its prefixes from each other
+            max_sequences = min(max_sequences, base.server.concurrency)
         for scorer in scorers:
             scorer.limit(kv_tokens)
         self._scheduler = Scheduler(self._runner.cache.fits, max_sequences)
@@ -94,7 +99,7 @@ class Engine:
             if name not in self.objectives:
                 raise VasError(f"no value model knows the objective '{name}'", mend=nearest(name, self.objectives))
         scorers = self._guide.scorers_of(request)
-        if isinstance(self._base, ServedModel):
+        if isinstance(self._base, ServedModel) and (request.guidance.active or request.sampling.logprobs):
             size = request.guidance.block_size or 0
             self._base.check(request.guidance.blockwise, whole=size >= request.sampling.max_tokens)
         for scorer in scorers:
@@ -269,9 +274,18 @@ class Engine:
         blocks = [s.block for s in arrived if s.block]
         for block in blocks:
             runner.fill(block)
-        answers = {s: runner.whole(s) for s in arrived if not s.block}
-        tokens = [token for s, answer in answers.items() if answer for token in self._take_whole(s, answer)]
-        single = [s for s, answer in answers.items() if answer is None]
+        tokens: list[Token] = []
+        single = []
+        for sequence in [s for s in arrived if not s.block]:
+            match runner.finished(sequence):
+                case None:
+                    single.append(sequence)
+                case Drawn() as drawn:
+                    sequence.response.append(drawn.token)
+                    sequence.cached += 1
+                    tokens.append(self._take_in(sequence, drawn))
+                case answer:
+                    tokens += self._take_whole(sequence, answer)
         tokens += self._advance(single) if single else []
         return tokens + self._finish_blocks([each for block in blocks for each in block.continuations])
 
@@ -304,14 +318,12 @@ class Engine:
             if isinstance(self._runner, ServedRunner):
                 guided_BV = self._runner.certain(guided_BV, knobs)
             drawn = draw(sequences, base_BV, guided_BV)
-            failed: dict[int, Exception] = {}
-            if isinstance(self._runner, ServedRunner):
-                drawn, failed = self._runner.settle(sequences, drawn)
             scores = self._guide.scores(sequences, [each.token for each in drawn])
+            settled = self._runner.settle(sequences, drawn) if isinstance(self._runner, ServedRunner) else drawn
         tokens = []
-        for b, (sequence, each) in enumerate(zip(sequences, drawn, strict=True)):
-            if b in failed:
-                self._fail(sequence, failed[b])
+        for b, (sequence, each) in enumerate(zip(sequences, settled, strict=True)):
+            if each is None:  # its token comes with a later step
+                sequence.cached -= 1
                 continue
             sequence.response.append(each.token)
             if sequence.block is None:

@@ -47,7 +47,7 @@ class Loop:
         self._listeners: dict[str, Listener] = {}
         self._seconds: dict[str, float] = {}
         self._after = after
-        self._good = 0
+        self._good, self._waited = 0, 0.0
         self.positions, self.busy_seconds = 0, 0.0
         """Token positions that the base model has run, and the time that steps took."""
         self.death: EngineDied | None = None
@@ -146,9 +146,11 @@ class Loop:
             return
         seconds = time.perf_counter() - started
         self.busy_seconds += seconds
+        self._waited += seconds  # a step may bring no token, if the base model is behind a server
+        shared, self._waited = (self._waited / len(tokens), 0.0) if tokens else (0.0, self._waited)
         for token in tokens:
             name = token.request_id
-            self._seconds[name] = self._seconds.get(name, 0.0) + seconds / len(tokens)
+            self._seconds[name] = self._seconds.get(name, 0.0) + shared
             if listener := self._listeners.get(name):
                 listener(token, engine.completion(name))
             if token.finish_reason:

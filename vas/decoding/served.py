@@ -6,7 +6,7 @@ A step of the engine takes along the sequences whose answers are there; the othe
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vas.decoding.blocks import Block
+from vas.decoding.cache import KVCache
 from vas.decoding.sampler import fork
 from vas.decoding.sequence import Drawn, SamplingParams
 from vas.decoding.sequence import Sequence as Running
@@ -25,20 +26,22 @@ PATIENCE = 0.05  # seconds of waiting for an answer, between looks for new reque
 
 
 class Calls:
-    """The calls of the sequences, in place of their keys and values, which the server has."""
+    """The calls of the sequences, in place of their keys and values, which the server has.
 
-    limit = None
+    It counts room as if these were here, for a value model's are: limit is of its tokens.
+    """
 
-    def __init__(self) -> None:
+    allocated = staticmethod(KVCache.allocated)
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.forget: Callable[[Hashable], Any] = lambda owner: None
+        """Told of each sequence that leaves."""
         self.of: dict[Hashable, list[Future[Any]]] = {}
 
     def fits(self, rows: int, width: int) -> bool:
-        """There is always room."""
-        return True
-
-    def allocated(self, rows: int, width: int) -> int:
-        """Nothing is."""
-        return 0
+        """Whether so many sequences of up to `width` tokens have room."""
+        return self.limit is None or self.allocated(rows, width) <= self.limit
 
     def add(self, owner: Hashable) -> None:
         """A new sequence, not asked for yet."""
@@ -50,6 +53,7 @@ class Calls:
         """Forget a sequence."""
         for future in self.of.pop(owner, ()):
             future.cancel()
+        self.forget(owner)
 
     def memory(self) -> int:
         """Bytes of keys and values."""
@@ -60,15 +64,18 @@ class ServedRunner:
     """Asks the server for what comes next in every sequence.
 
     Log-probs have a column more than there are tokens, for all that the server does not tell: its mass is known. Where
-    that is drawn, `settle` has the server draw one of them.
+    that is drawn, the server is asked to draw one of them, which takes another call.
     """
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, limit: int | None = None) -> None:
         self._model = model
         self.device = model.device
-        self.cache = Calls()
+        self.cache = Calls(limit)
+        self.cache.forget = lambda owner: (self._ahead.pop(owner, None), self._half.pop(owner, None))
         self._rest_V = torch.arange(model.vocabulary + 1) == model.vocabulary
         self._ahead: dict[Hashable, Ahead] = {}
+        self._half: dict[Hashable, Drawn] = {}
+        """What was drawn where the server has not told the token yet."""
 
     def arrived(self, sequences: Sequence[Running]) -> tuple[list[Running], list[tuple[Running, Exception]]]:
         """Those of the sequences whose answers are there, and those whose calls failed: VasError, or Rejected.
@@ -116,20 +123,24 @@ class ServedRunner:
             each.cached, each.resting = len(each) - 1, True
             each.completion.base_positions += len(answer.tokens)
 
-    def whole(self, sequence: Running) -> Answer | None:
-        """The rest of a response, where it came in one call."""
+    def finished(self, sequence: Running) -> Answer | Drawn | None:
+        """The rest of a response that came in one call, or the token that the server has drawn; else None."""
         [call] = self.cache.of[sequence.owner]
         found = call.result()
         if isinstance(found, Ahead):
             return None
         del self.cache.of[sequence.owner]
+        if (half := self._half.pop(sequence.owner, None)) is not None:
+            token, logprob = found
+            guided = half.guided_logprob - half.logprob + logprob  # what no value model has looked at keeps its odds
+            return half._replace(token=token, logprob=logprob, guided_logprob=guided)
         sequence.completion.base_positions += len(found[0].tokens)
         return found[0]
 
     def cut(self, logprobs_BV: Tensor, knobs: Sequence[SamplingParams]) -> None:
         """Leave out what the server has not told where its mass says nothing: at other temperatures, or truncated."""
         for row, knob in zip(logprobs_BV, knobs, strict=True):
-            if knob.temperature not in (0, 1) or knob.top_k or knob.top_p < 1 or knob.min_p:
+            if not self._model.forbids or knob.temperature not in (0, 1) or knob.top_k or knob.top_p < 1 or knob.min_p:
                 row[-1] = -math.inf
 
     def certain(self, logprobs_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
@@ -139,32 +150,22 @@ class ServedRunner:
             return logprobs_BV
         return logprobs_BV.masked_fill(greedy[:, None] & self._rest_V, -math.inf)
 
-    def settle(self, sequences: Sequence[Running], drawn: Sequence[Drawn]) -> tuple[list[Drawn], dict[int, Exception]]:
-        """What was drawn, with tokens that the server draws where it was one that it had not told.
-
-        Beside it, the rows for which that failed, and how.
-        """
+    def settle(self, sequences: Sequence[Running], drawn: Sequence[Drawn]) -> list[Drawn | None]:
+        """What was drawn; None where it is of what the server has not told, which then is asked for."""
         vocab = self._model.vocabulary
-        calls: dict[int, Future[tuple[int, float]]] = {}
-        for b, (sequence, each) in enumerate(zip(sequences, drawn, strict=True)):
-            if each.token == vocab:
-                seed = fork(sequence.request.sampling.seed, len(sequence.response) + 1)
-                calls[b] = self._model.draw(_prefix(sequence), self._ahead[sequence.owner], seed & 0x7FFFFFFF)
-        settled, failed = [], {}
-        for b, each in enumerate(drawn):
-            if b in calls:
-                try:
-                    token, logprob = calls[b].result()
-                    # what no value model has looked at keeps its odds
-                    each = each._replace(
-                        token=token, logprob=logprob, guided_logprob=each.guided_logprob - each.logprob + logprob
-                    )
-                except Exception as error:
-                    failed[b] = error
-            settled.append(each._replace(top=tuple(one for one in each.top if one[0] < vocab)))
-        for sequence in sequences:
-            self._ahead.pop(sequence.owner, None)
-        return settled, failed
+        settled: list[Drawn | None] = []
+        for sequence, each in zip(sequences, drawn, strict=True):
+            ahead = self._ahead.pop(sequence.owner)
+            each = each._replace(top=tuple(one for one in each.top if one[0] < vocab))
+            if each.token < vocab:
+                settled.append(each)
+                continue
+            knobs = sequence.request.sampling
+            seed = fork(knobs.seed, len(sequence.response) + 1) & 0x7FFFFFFF
+            self._half[sequence.owner] = each
+            self.cache.of[sequence.owner] = [self._model.draw(_prefix(sequence), ahead, seed, knobs.logit_bias)]
+            settled.append(None)
+        return settled
 
     def _ask(self, sequence: Running) -> list[Future[Any]]:
         request, prefix, block = sequence.request, _prefix(sequence), sequence.block

@@ -98,7 +98,7 @@ class TextScorer(InProcess):
         return self._translation(prompt, response)
 
     def _translated(self, text: _Text, *candidate: int) -> list[int]:
-        return self._translation(text.tokens[: text.prompt], [*text.tokens[text.prompt :], *candidate])
+        return self._checked(self._translation(text.tokens[: text.prompt], [*text.tokens[text.prompt :], *candidate]))
 
     def _catch_up(self, sequences: Sequence[Hashable]) -> dict[Hashable, int]:
         """Hold the KV of what the sequences spell now; returns how many tokens each took."""
@@ -120,6 +120,16 @@ class TextScorer(InProcess):
         spelled = self._translated(text, candidate)
         kept = min(len(_common(text.read, spelled)), len(spelled) - 1)
         return kept, spelled[kept:]
+
+    def _checked(self, spelled: list[int]) -> list[int]:
+        """Raise VasError for more tokens than the value model has positions for."""
+        if self.context_length is not None and len(spelled) > self.context_length:
+            raise VasError(
+                f"the text has {len(spelled)} tokens of the value model's, which has room for {self.context_length}",
+                self.name,
+                "shorten the prompt or lower max_tokens",
+            )
+        return spelled
 
     def _branch(self, sequences: Sequence[Hashable], tails: Sequence[tuple[int, list[int]]]) -> Tensor:
         """Last hidden states [N, H] of sequences with other ends, which are not kept."""

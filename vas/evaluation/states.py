@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from vas.decoding.sampler import policy
 from vas.decoding.scorer import InProcess, ScoreBatch
 from vas.decoding.sequence import SamplingParams
 from vas.decoding.served import logprobs
-from vas.http import Meter
+from vas.http import Meter, Rejected
 from vas.models.base import BaseModel, set_threads
 from vas.models.served import ServedModel, open_base
 from vas.models.server import Prefix
@@ -52,7 +53,9 @@ def state_values(
     values, spreads = [], []
     for batch in _batches(states):
         values.append(_ends(scorer, batch))
-        spreads.append(_spread(config, base, next_of(batch), scorer, batch))
+        logits_BV = next_of(batch)
+        unknown = torch.full((len(batch), len(scorer.objectives)), math.nan)
+        spreads.append(unknown if logits_BV.isnan().any() else _spread(config, base, logits_BV, scorer, batch))
     ends = [_ends(scorer, batch) for batch in _batches(final)]
     return StateValues(*(_join(each, len(scorer.objectives)) for each in (values, spreads, ends)))
 
@@ -72,10 +75,15 @@ def _run(base: BaseModel, linears: Linears) -> Callable[[list[Prefix]], Tensor]:
 
 
 def _called(base: ServedModel) -> Callable[[list[Prefix]], Tensor]:
-    """The same of a model that can only be called, as far as it tells: [B, V]."""
+    """The same of a model that can only be called, as far as it tells: [B, V]; NaN if it tells nothing."""
 
     def told(batch: list[Prefix]) -> Tensor:
-        return logprobs([call.result() for call in map(base.ahead, batch)], base.vocabulary)[:, :-1]
+        if not base.top:
+            return torch.full((len(batch), base.vocabulary), math.nan)
+        try:
+            return logprobs([call.result() for call in map(base.ahead, batch)], base.vocabulary)[:, :-1]
+        except Rejected as rejected:
+            raise rejected.error from None
 
     return told
 

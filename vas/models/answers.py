@@ -95,6 +95,8 @@ class Reader:
             del spelled[-1]  # the end, without a text; `_with_eos` puts it back
         known = [token for token in spelled if token is not None]
         if len(known) == len(spelled) and self._spell(known, text, stops):
+            while known and self._tokenizer.decode(known[-1:]).endswith(TORN):  # the text of half a character
+                del known[-1]
             return known, [step.logprob for step in steps[: len(known)]]
         tokens = self._encode(text.rstrip(TORN))
         return tokens, [UNKNOWN] * len(tokens)
@@ -121,7 +123,8 @@ class Reader:
 
     def are_ours(self, steps: list[_Step]) -> bool:
         """Whether most tokens have the text that our vocabulary gives their ids; a few of them prove nothing."""
-        told = [(self._tokenizer.decode([step.token]), step.piece) for step in steps if step.piece]
+        named = [(step.token, step.piece) for step in steps if step.token is not None and step.piece]
+        told = [(self._tokenizer.decode([token]), piece) for token, piece in named]
         whole = [(ours, theirs) for ours, theirs in told if TORN not in ours + theirs]
         fit = sum(ours.strip() == theirs.strip() for ours, theirs in whole)
         return len(whole) < FEW or 2 * fit >= len(whole)
@@ -158,7 +161,7 @@ class Reader:
 def next_tokens(choice: dict[str, Any], reader: Reader) -> list[tuple[int, float]]:
     """The likeliest tokens of a choice's first step with their log π0; those that are not ours are left out.
 
-    Raises VasError if it tells none, and ForeignTokens if hardly any is ours.
+    Empty if it tells none. Raises ForeignTokens if hardly any is ours.
     """
     told = choice.get("logprobs") or {}
     try:
@@ -168,7 +171,7 @@ def next_tokens(choice: dict[str, Any], reader: Reader) -> list[tuple[int, float
             listed = [(None, token, logprob) for token, logprob in told["top_logprobs"][0].items()]
         steps = [_step(*each) for each in listed]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        raise VasError("the server tells no log-probs of next tokens") from None
+        return []
     found = [(reader.token(step), step.logprob) for step in steps]
     known = [(token, logprob) for token, logprob in found if token is not None]
     if len(steps) >= FEW and (2 * len(known) < len(steps) or not reader.are_ours(steps)):

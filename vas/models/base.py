@@ -47,6 +47,9 @@ class BaseModel:
         """How many token ids it knows."""
         return self.model.get_input_embeddings().num_embeddings
 
+    def close(self) -> None:
+        """Nothing has to be broken off."""
+
     @property
     def context_length(self) -> int | None:
         """Longest sequence the model has positions for, if its config says."""

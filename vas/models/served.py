@@ -6,9 +6,8 @@ drawn by a second call in which the first are forbidden, so nothing of π0 is cu
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,9 +24,9 @@ from vas.models.server import Ask, Prefix, Server
 if TYPE_CHECKING:
     from vas.config import Base
 
-logger = logging.getLogger(__name__)
-
+MANY = 8  # choices of a call that are tried
 MOST = (200, 100, 50, 20, 10, 5)  # log-probs to ask for, until the server gives as many
+SPACING = 7919  # of the seeds of a call's choices, for some count on from it
 DRAWS = 4  # of a token that can be sent again
 FORBIDDEN = -100.0  # OpenAI's bias of a token that must not come
 
@@ -63,17 +62,25 @@ class ServedModel:
         self.vocabulary = max(len(server.tokenizer), max(server.eos_token_ids) + 1)
         self._pool = ThreadPoolExecutor(server.concurrency, "served model")
         self._read = Reader(server.tokenizer, server.eos_token_ids)
+        self._hello = Prefix(server.tokenizer("a").input_ids, (), ({"role": "user", "content": "Hello"},))
         self._whole = server.tokenizer(" a", add_special_tokens=False).input_ids[-1]
         self.top = self._find_top()
         """How many of the likeliest tokens a call tells; 0 if none."""
+        self.forbids = self.top > 0 and self._obeys_bias()
+        """Whether it can draw one of the tokens that it does not tell."""
         self._most_choices: int | None = None
 
     def abilities(self) -> str:
-        """What the server can do, in words."""
-        told = f"tells {self.top} log-probs of a next token" if self.top else "tells no log-probs of next tokens"
+        """What the server can do, in words. Raises VasError as continuations do."""
+        try:
+            self._continue(self._hello, Ask(1, n=MANY))
+        except Rejected as rejected:
+            raise rejected.error from None
         form = {"ids": "token ids", "text": "text", "chat": "chats only"}[self.server.form or "ids"]
-        on = "" if self.server.continues else " and begins every response anew"
-        return f"takes {form}, {told}{on}"
+        anew = "" if self.server.continues else " and begins every response anew"
+        bias = "" if not self.top else " and heeds logit_bias" if self.forbids else " but no logit_bias"
+        choices = self._most_choices or f"{MANY} or more"
+        return f"takes {form}{anew}, tells {self.top or 'no'} log-probs{bias}, gives {choices} choices a call"
 
     def check(self, blockwise: bool, whole: bool) -> None:
         """Raise VasError if the server can't do what this way of guiding needs.
@@ -97,93 +104,108 @@ class ServedModel:
         """The next tokens."""
         return self._pool.submit(self._ahead, prefix, self.top)
 
-    def draw(self, prefix: Prefix, ahead: Ahead, seed: int) -> Future[tuple[int, float]]:
-        """One of the tokens that `ahead` does not tell, as π0 has them at temperature 1, and its log π0."""
-        return self._pool.submit(self._draw, prefix, ahead, seed)
+    def draw(
+        self, prefix: Prefix, ahead: Ahead, seed: int, bias: Mapping[int, float] | None = None
+    ) -> Future[tuple[int, float]]:
+        """One of the tokens that `ahead` does not tell, as π0 has them at temperature 1, and its log π0.
+
+        The latter is NaN if it is not told. bias: of the request, in OpenAI's sense.
+        """
+        return self._pool.submit(self._draw, prefix, ahead, seed, bias or {})
 
     def continuations(self, prefix: Prefix, ask: Ask) -> list[Future[list[Answer]]]:
         """`ask.n` continuations, in as few calls as the server allows."""
         most = self._most_choices or ask.n
-        parts = [min(most, ask.n - start) for start in range(0, ask.n, most)]
+        parts = range(0, ask.n, most)
         seed = ask.seed or 0
         return [
-            self._pool.submit(self._continue, prefix, replace(ask, n=n, seed=seed + i)) for i, n in enumerate(parts)
+            self._pool.submit(
+                self._continue, prefix, replace(ask, n=min(most, ask.n - start), seed=seed + SPACING * start)
+            )
+            for start in parts
         ]
+
+    def close(self) -> None:
+        """Break off all calls."""
+        self.server.client.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _continue(self, prefix: Prefix, ask: Ask) -> list[Answer]:
         found: list[Answer] = []
+        most = self._most_choices or ask.n
         while len(found) < ask.n:
-            n = min(ask.n - len(found), self._most_choices or ask.n)
+            n = min(ask.n - len(found), most)
             try:
-                choices = self.server.ask(prefix, replace(ask, n=n, seed=(ask.seed or 0) + 7919 * len(found)))
+                choices = self.server.ask(prefix, replace(ask, n=n, seed=(ask.seed or 0) + SPACING * len(found)))
             except Rejected as rejected:
                 if rejected.whole or n == 1:
                     raise _alone(rejected) from None
-                self._allow(n // 2)
+                most = n // 2  # if it is the number that it minds
                 continue
+            if most < (self._most_choices or ask.n):
+                self._most_choices = most
             if len(choices) < n:
-                self._allow(len(choices))
+                most = self._most_choices = len(choices)
             found += [self._answer(choice, bool(ask.stop)) for choice in choices]
         return found[: ask.n]
 
-    def _allow(self, choices: int) -> None:
-        self._most_choices = max(1, choices)
-        logger.info("%s gives %d choices a call", self.server.client.url, self._most_choices)
-
     def _find_top(self) -> int:
-        hello = ({"role": "user", "content": "Hello"},)
-        prefix = Prefix(self.tokenizer("a").input_ids, (), hello)
-        problem: VasError | None = None
         for most in MOST:
             try:
-                return min(most, len(self._ahead(prefix, most).tokens))
+                return min(most, len(self._told(self._hello, most, self.server.insist)))
             except Rejected as rejected:
-                raise rejected.error from None
-            except VasError as error:
-                problem = error
-        assert problem is not None
-        logger.info("%s", problem.what)
+                if rejected.whole:
+                    raise rejected.error from None
+        self.server.tells = False  # whatever number is asked for, it refuses; or log-probs are not what it minds
+        self._ask(self._hello, Ask(1, logprobs=0))
         return 0
+
+    def _obeys_bias(self) -> bool:
+        try:
+            [choice, *_] = self._ask(self._hello, Ask(1, logit_bias={self._whole: -FORBIDDEN}))
+            return self._answer(choice).tokens[:1] == [self._whole]
+        except VasError:
+            return False
 
     def _ahead(self, prefix: Prefix, top: int) -> Ahead:
         best: dict[int, float] = {}
-        for token, logprob in self._told(prefix, top):
-            if self._can_stand(prefix, token):
+        for token, logprob in self._told(prefix, top, self._ask):
+            if token < self.vocabulary and self._can_stand(prefix, token):
                 best[token] = max(logprob, best.get(token, -math.inf))
         if not best:
             raise VasError("the server tells no log-probs of next tokens", self.server.client.url)
         ordered = sorted(best.items(), key=lambda item: -item[1])
         return Ahead(tuple(token for token, _ in ordered), tuple(logprob for _, logprob in ordered))
 
-    def _told(self, prefix: Prefix, top: int) -> list[tuple[int, float]]:
-        """What the server tells beside a token that it draws.
+    def _told(self, prefix: Prefix, top: int, ask: Callable[[Prefix, Ask], list[Any]]) -> list[tuple[int, float]]:
+        """What the server tells beside a token that it draws; nothing if it tells nothing.
 
-        Where that is half a character, llama.cpp tells nothing. Then it is made to draw a whole one: of all servers
-        known, log-probs are those before any bias.
+        Where the token is half a character, llama.cpp tells nothing. Then it is made to draw a whole one: of all
+        servers known, log-probs are those before any bias.
         """
         for bias in ({}, {self._whole: -FORBIDDEN}):
-            [choice, *_] = self._ask(prefix, Ask(1, logprobs=top, logit_bias=bias))
-            try:
-                with self._ours():
-                    return next_tokens(choice, self._read)
-            except VasError:
-                text = str(choice.get("text") or TORN)
-                if bias or TORN not in text:
-                    raise
-        raise AssertionError("the second attempt returns or raises")
+            [choice, *_] = ask(prefix, Ask(1, logprobs=top, logit_bias=bias))
+            with self._ours():
+                told = next_tokens(choice, self._read)
+            if told or TORN not in str(choice.get("text") or TORN):
+                break
+        return told
 
     def _can_stand(self, prefix: Prefix, token: int) -> bool:
         """Whether a prefix with this token can be sent: as text, characters must be whole."""
         return self.server.form == "ids" or not self.server.text([*prefix.response[-8:], token]).endswith(TORN)
 
-    def _draw(self, prefix: Prefix, ahead: Ahead, seed: int) -> tuple[int, float]:
-        bias = dict.fromkeys(ahead.tokens, FORBIDDEN)
+    def _draw(self, prefix: Prefix, ahead: Ahead, seed: int, bias: Mapping[int, float]) -> tuple[int, float]:
+        forbidden = dict(bias) | dict.fromkeys(ahead.tokens, FORBIDDEN)
         for attempt in range(DRAWS):
-            [choice, *_] = self._ask(prefix, Ask(1, seed=seed + attempt, logit_bias=bias))
-            told = self._answer(choice)
+            [choice, *_] = self._ask(prefix, Ask(1, seed=seed + attempt, logit_bias=forbidden))
+            try:
+                told = self._answer(choice)
+            except VasError:  # half a character, and its token is not told
+                continue
             token, logprob = told.tokens[0], told.logprobs[0]
-            if token not in bias and self._can_stand(prefix, token):
-                return token, min(ahead.logprobs[-1], math.inf if math.isnan(logprob) else logprob)
+            if token not in ahead.tokens and token < self.vocabulary and self._can_stand(prefix, token):
+                return token, logprob
         raise VasError(
             "the server draws tokens that it was not to draw, or torn characters",
             self.server.client.url,

@@ -7,7 +7,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from vas.errors import VasError
 from vas.http import Client, Meter, Rejected
 from vas.models import bundled
-from vas.models.answers import no_completion
+from vas.models.answers import TORN, no_completion
 from vas.models.base import load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class Server:
         self.client = Client(spec.openai, key, spec.timeout, spec.attempts, spec.concurrency, meter)
         self.form: str | None = None
         """How it is asked; None until the first answer."""
+        self.tells: bool | None = None
+        """Whether it takes requests for log-probs; None until it is known."""
         self._served = spec.served_name or spec.model
         self._continuations: list[Continuation] | None = None
         """The way that works, if any does; None until it is known."""
@@ -110,14 +112,32 @@ class Server:
 
         Raises Rejected for what no retry mends, and VasError after the last attempt, or for an answer without choices.
         """
+        try:
+            choices = self.insist(prefix, ask)
+        except Rejected as rejected:
+            if rejected.whole or not ask.logprobs or self.tells is not None:
+                raise
+            choices = self.insist(prefix, replace(ask, logprobs=0))
+            self.tells = False
+            return choices
+        if ask.logprobs and self.tells is None:
+            self.tells = True
+        return choices
+
+    def insist(self, prefix: Prefix, ask: Ask) -> list[Any]:
+        """The same, without a second attempt that leaves out log-probs."""
         if self.form is not None:
             return self._post(prefix, ask, self.form)
         try:
             return self._try(prefix, ask, "ids")
         except Rejected as rejected:
             nowhere = rejected.status == 404  # for want of the model, or of completions
-            if self.form is not None or (rejected.whole and not (nowhere and prefix.messages)):
+            if rejected.whole and not (nowhere and prefix.messages):
                 raise
+            if self.form == "ids":  # another thread has found that it takes them
+                raise
+            if self.form is not None:
+                return self._post(prefix, ask, self.form)
             try:
                 return self._try(prefix, ask, "chat" if nowhere else "text")
             except Rejected as again:
@@ -132,12 +152,14 @@ class Server:
     @property
     def continues(self) -> bool:
         """Whether a response that has begun can be gone on with; only some servers with chats alone can't."""
-        if self.form != "chat":
-            return True
+        return self.form != "chat" or self._continuation() is not None
+
+    def _continuation(self) -> Continuation | None:
+        """How a chat's last message is gone on with, if it is."""
         with self._finding:
             if self._continuations is None:
                 self._continuations = list(islice(filter(self._goes_on, CONTINUATIONS), 1))
-            return bool(self._continuations)
+            return self._continuations[0] if self._continuations else None
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text, special ones included."""
@@ -150,9 +172,11 @@ class Server:
             "max_tokens": ask.max_tokens,
             "temperature": ask.temperature,
             "top_p": ask.top_p,
-            "logprobs": ask.logprobs,
             "n": ask.n,
         }
+        told = ask.logprobs if self.tells is not False else 0
+        if told:
+            body |= {"logprobs": True, "top_logprobs": told} if form == "chat" else {"logprobs": told}
         if ask.seed is not None:
             body["seed"] = ask.seed & 0x7FFFFFFF  # some keep no more of it than this
         if ask.stop:
@@ -166,7 +190,6 @@ class Server:
         body |= {name: value for name, value in extras.items() if value}
         if form == "text":
             return body | {"prompt": self._plain([*prefix.prompt, *prefix.response])}
-        body |= {"logprobs": True, "top_logprobs": ask.logprobs}
         return body | self._chat(prefix)
 
     def _chat(self, prefix: Prefix) -> dict[str, Any]:
@@ -178,15 +201,15 @@ class Server:
                 "give prompts with `messages`, or call a server that has /v1/completions",
             )
         begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
-        begun += self.text(prefix.response)
+        begun += self.text(prefix.response).rstrip(TORN)
         if not begun:
             return {"messages": messages}
-        if not self.continues:
+        way = self._continuation()
+        if way is None:
             raise VasError(
                 "the server begins every response anew", self.client.url, "guide whole responses: schedule block"
             )
-        assert self._continuations
-        [(keys, mark)] = self._continuations
+        keys, mark = way
         return keys | {"messages": [*messages, {"role": "assistant", "content": begun} | mark]}
 
     def _post(self, prefix: Prefix, ask: Ask, form: str) -> list[Any]:

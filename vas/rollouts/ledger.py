@@ -6,10 +6,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vas import storage
 from vas.config import Base
@@ -67,11 +68,16 @@ class Ledger(Meter):
             return
         spent = json.loads(storage.read_bytes(file)) if storage.exists(file) else {}
         most = {"calls": base.most_calls, "tokens": base.most_tokens}
-        ledger = cls(ray.remote(num_cpus=0)(Account).remote(spent, most), most, file)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        account = ray.remote(num_cpus=0)(Account).options(scheduling_strategy=here).remote(spent, most)
+        ledger = cls(account, most, file)
         try:
             yield ledger
-        finally:
-            ledger.save()
+        except BaseException:
+            with suppress(Exception):  # the first error is the one to tell
+                ledger.save()
+            raise
+        ledger.save()
 
     def allow(self) -> None:
         """Count a call. Raises VasError if the budget is spent."""

@@ -30,6 +30,7 @@ def check(config: RunConfig) -> None:
 
     from transformers import AutoConfig  # slow to import, so after what may fail at once
 
+    from vas.decoding.sequence import GuidanceParams
     from vas.models.base import load_pretrained, quieten
     from vas.models.served import ServedModel
     from vas.models.server import Server
@@ -37,7 +38,10 @@ def check(config: RunConfig) -> None:
 
     quieten()
     if config.base.called:
-        console.print(f"server       {ServedModel(Server(config.base)).abilities()}", highlight=False)
+        served = ServedModel(Server(config.base))
+        console.print(f"server       {served.abilities()}", highlight=False)
+        how = GuidanceParams.of(config.evaluation, config.evaluation.strengths[0])
+        served.check(how.blockwise, whole=(how.block_size or 0) >= config.rollouts.sampling.max_tokens)
     else:
         load_pretrained(AutoConfig, config.base.model, config.base.revision)
     source, revision = config.backbone()

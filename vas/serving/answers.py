@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -87,10 +88,10 @@ class Answer:
             return None
         return {
             "tokens": [self._text(token.token_id) for token in tokens],
-            "token_logprobs": [token.guided_logprob for token in tokens],
+            "token_logprobs": [known(token.guided_logprob) for token in tokens],
             "top_logprobs": [{self._text(t): guided for t, _, guided in token.top} for token in tokens],
             "text_offset": _offsets([*earlier, *tokens])[len(earlier) :],
-            "base_logprobs": [token.logprob for token in tokens],
+            "base_logprobs": [known(token.logprob) for token in tokens],
             "advantages": [_advantages(token) for token in tokens],
         }
 
@@ -140,7 +141,7 @@ class ChatAnswer(Answer):
 
     def _entry(self, token_id: int, guided: float, base: float) -> dict[str, Any]:
         text = self._text(token_id)
-        return {"token": text, "bytes": list(text.encode()), "logprob": guided, "base_logprob": base}
+        return {"token": text, "bytes": list(text.encode()), "logprob": known(guided), "base_logprob": known(base)}
 
 
 def sse(content: dict[str, Any] | str) -> bytes:
@@ -177,3 +178,8 @@ def _advantages(token: Token) -> dict[str, float]:
 def _offsets(tokens: Iterable[Token]) -> list[int]:
     """Where each token's text begins."""
     return list(accumulate((len(token.text) for token in tokens), initial=0))[:-1]
+
+
+def known(logprob: float) -> float | None:
+    """A log-prob, or null where a server that the base model is behind has not told it; JSON has no NaN."""
+    return None if math.isnan(logprob) else logprob

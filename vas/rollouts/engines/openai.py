@@ -65,17 +65,24 @@ class OpenAIEngine:
         try:
             return [future.result() for future in futures]
         except BaseException as error:
-            for future in futures:
-                future.cancel()
+            for request, future in zip(requests, futures, strict=True):
+                if self._loop is not None and self._is_guided(request):
+                    self._loop.abort(request.request_id)
+                else:
+                    future.cancel()
             if isinstance(error, Rejected):
                 self._server.client.stop()  # what else is asked for need not wait for its next attempt
                 raise error.error from None
             raise
 
     def _begin(self, request: Request) -> Future[Completion | VasError]:
-        if request.guidance.active and self._loop is not None:
+        if self._loop is not None and self._is_guided(request):
             return self._loop.submit(request)
         return self._pool.submit(self._sample, request)
+
+    @staticmethod
+    def _is_guided(request: Request) -> bool:
+        return bool(request.guidance.active)
 
     def _sample(self, request: Request) -> Completion | VasError:
         """Raises Rejected for what concerns every request."""
