@@ -2,6 +2,7 @@
 
 import random
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +10,8 @@ import yaml
 from vas.config import RunConfig, load_config, parse_config
 from vas.configfile import override
 from vas.errors import VasError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 LEAST = {
     "name": "least",
@@ -63,6 +66,11 @@ def test_an_unknown_key_is_named_with_the_nearest_right_one(key, nearest):
     text = mistake(f"{key}=1")
     assert f"{key}: unknown key, did you mean '{nearest}'?" in text
     assert "where: test" in text
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
+def test_the_examples_are_right(file):
+    assert load_config(file).name == file.stem
 
 
 def test_an_unknown_key_that_resembles_none_lists_them_all():
