@@ -66,8 +66,8 @@ class OpenAIEngine:
             return [future.result() for future in futures]
         except BaseException as error:
             for request, future in zip(requests, futures, strict=True):
-                if self._loop is not None and self._is_guided(request):
-                    self._loop.abort(request.request_id)
+                if loop := self._loop_of(request):
+                    loop.abort(request.request_id)
                 else:
                     future.cancel()
             if isinstance(error, Rejected):
@@ -76,13 +76,13 @@ class OpenAIEngine:
             raise
 
     def _begin(self, request: Request) -> Future[Completion | VasError]:
-        if self._loop is not None and self._is_guided(request):
-            return self._loop.submit(request)
+        if loop := self._loop_of(request):
+            return loop.submit(request)
         return self._pool.submit(self._sample, request)
 
-    @staticmethod
-    def _is_guided(request: Request) -> bool:
-        return bool(request.guidance.active)
+    def _loop_of(self, request: Request) -> Loop | None:
+        """What decodes it, if it is guided."""
+        return self._loop if request.guidance.active else None
 
     def _sample(self, request: Request) -> Completion | VasError:
         """Raises Rejected for what concerns every request."""
