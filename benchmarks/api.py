@@ -42,6 +42,7 @@ from vas.schema import Prompt
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 OBJECTIVE, BETA = "positive", 7.0
 STRONGER = (14.0, 28.0)  # of blocks
+OTHER_BETA = 21.0  # of the value model that reads text, which knows less
 K, B = 4, 8
 PARALLEL = 4  # choices that the server gives a call, and responses that it decodes at once
 GREEDY = 50
@@ -107,11 +108,11 @@ class Bench:
         return run
 
     def decode(self, run: RunDirectory, base: BaseModel | ServedModel, beta: float, schedule: str, k: int) -> Decoded:
-        """Guide the held-out prompts with the run's value model."""
+        """Guide a response for each held-out prompt with the run's value model."""
         how = replace(GuidanceParams.of(run.config.evaluation, {OBJECTIVE: beta}), schedule=schedule, candidates=k)
         prompts = held_out(run)
         sampling = SamplingParams.of(run.config.rollouts.sampling, 0)
-        asked = requests(base, prompts, self._samples, sampling, how)
+        asked = requests(base, prompts, 1, sampling, how)
         before = dict(base.server.cost) if isinstance(base, ServedModel) else {}
         done = finish(Engine(base, [load_scorer("value", run.value, base, "exact")]), asked, f"{schedule} β={beta:g}")
         after = dict(base.server.cost) if isinstance(base, ServedModel) else {}
@@ -188,33 +189,34 @@ def compare_runs(called: RunDirectory, local: RunDirectory, other: RunDirectory)
     theirs, ours = found["local weights"], found["called"]["reward_mean"]
     inside = theirs["ci_low"] <= ours <= theirs["ci_high"]
     rows.append(Row("called", "within the interval of local weights", float(inside), "1 = yes", "== 1"))
-    apart = found["another tokenizer, called"]["ci_low"] - base["ci_high"]
-    rows.append(Row("another tokenizer, called", "interval's distance from base's", apart, "reward", ">= 0"))
     spent = json.loads(storage.read_bytes(called.path("usage.json")))
     rows += [Row("called, whole run", name, float(count), "") for name, count in spent.items()]
     return rows
 
 
-def compare_blocks(bench: Bench, run: RunDirectory) -> list[Row]:
-    """Tokens against blocks, with one value model, through the server."""
+def compare_ways(bench: Bench, run: RunDirectory, other: RunDirectory) -> list[Row]:
+    """Through the server, a response for each prompt: tokens against blocks, and the value model that reads text."""
     base = open_base(run.config.base.model_copy(update={"openai": bench.url}))
     assert isinstance(base, ServedModel)
-    rows: list[Row] = []
-    start = of_run(run, "base")["reward_mean"]
+    start = of_run(run, "base")
     k = run.config.evaluation.candidates
     token = bench.decode(run, base, BETA, "token", k)
-    ways = {f"token k={k} β={BETA:g}": token}
-    ways |= {f"block K={K} b={B} β={beta:g}": bench.decode(run, base, beta, f"block:{B}", K) for beta in STRONGER}
-    for name, each in ways.items():
+    blocks = {beta: bench.decode(run, base, beta, f"block:{B}", K) for beta in STRONGER}
+    text = bench.decode(other, base, OTHER_BETA, "token", k)
+    named = {f"token k={k} β={BETA:g}": token}
+    named |= {f"block K={K} b={B} β={beta:g}": each for beta, each in blocks.items()}
+    named |= {f"another tokenizer, token k={k} β={OTHER_BETA:g}": text}
+    rows: list[Row] = []
+    for name, each in named.items():
         rows += reward_rows(name, float(each.reward_P.mean()), *each.interval, each.kl)
-        rows += [
-            Row(name, "calls a response", each.calls, ""),
-            Row(name, "tokens charged a response", each.tokens, ""),
-        ]
-    best = max((each for name, each in ways.items() if name.startswith("block")), key=lambda each: each.reward_P.mean())
-    gain = (best.reward_P.mean() - start) / (token.reward_P.mean() - start)
+        rows.append(Row(name, "calls a response", each.calls, ""))
+        rows.append(Row(name, "tokens charged a response", each.tokens, ""))
+    best = max(blocks.values(), key=lambda each: each.reward_P.mean())
+    gain = (best.reward_P.mean() - start["reward_mean"]) / (token.reward_P.mean() - start["reward_mean"])
     rows.append(Row("block", "calls, of token's", best.calls / token.calls, "x", f"<= {1 / 6:.4f}"))
     rows.append(Row("block", "gain, of token's", float(gain), "x", ">= 0.7"))
+    apart = text.interval[0] - start["ci_high"]
+    rows.append(Row("another tokenizer", "interval's distance from base's", apart, "reward", ">= 0"))
     return rows
 
 
@@ -258,7 +260,7 @@ def main() -> None:
     local = bench.run(bench.config("local", called=False))
     rows = compare_runs(called, local, other)
     with bench.server():
-        rows += compare_blocks(bench, called)
+        rows += compare_ways(bench, called, other)
     rows += compare_greedy(bench, called)
     show(rows, "A base model that can only be called")
     write(rows, arguments.json)
