@@ -4,9 +4,9 @@
 
 llama.cpp serves the bundled model; of it there is nothing here but the tokenizer. A run through the server alone,
 and the same run with local weights, each with its own rollouts and value model; then, with the first one's value
-model and on the same held-out prompts, guidance by tokens and by blocks of K continuations, at several strengths;
-a value model with another tokenizer, trained on the same rollouts; and greedy guidance of fifty prompts against
-local weights, with a server that computes in float32. About 40 minutes on two cores; what is finished is kept in
+model and on the same held-out prompts, guidance by tokens through the server and with local weights, and by blocks of
+K continuations at several strengths; a value model with another tokenizer, trained on the same rollouts; and greedy
+guidance of fifty prompts against local weights, with a server that computes in float32. About 40 minutes on two cores; what is finished is kept in
 --work, and not done again.
 """
 
@@ -186,9 +186,6 @@ def compare_runs(called: RunDirectory, local: RunDirectory, other: RunDirectory)
     found = {name: of_run(run, "vas") for name, run in runs.items()}
     for name, each in found.items():
         rows += reward_rows(f"{name}, β={BETA:g}", each["reward_mean"], each["ci_low"], each["ci_high"], each["kl"])
-    theirs, ours = found["local weights"], found["called"]["reward_mean"]
-    inside = theirs["ci_low"] <= ours <= theirs["ci_high"]
-    rows.append(Row("called", "within the interval of local weights", float(inside), "1 = yes", "== 1"))
     spent = json.loads(storage.read_bytes(called.path("usage.json")))
     rows += [Row("called, whole run", name, float(count), "") for name, count in spent.items()]
     return rows
@@ -203,7 +200,8 @@ def compare_ways(bench: Bench, run: RunDirectory, other: RunDirectory) -> list[R
     token = bench.decode(run, base, BETA, "token", k)
     blocks = {beta: bench.decode(run, base, beta, f"block:{B}", K) for beta in STRONGER}
     text = bench.decode(other, base, OTHER_BETA, "token", k)
-    named = {f"token k={k} β={BETA:g}": token}
+    local = bench.decode(run, load_base(Base(model=MODEL)), BETA, "token", k)
+    named = {f"token k={k} β={BETA:g}": token, f"the same with local weights, β={BETA:g}": local}
     named |= {f"block K={K} b={B} β={beta:g}": each for beta, each in blocks.items()}
     named |= {f"another tokenizer, token k={k} β={OTHER_BETA:g}": text}
     rows: list[Row] = []
@@ -211,6 +209,9 @@ def compare_ways(bench: Bench, run: RunDirectory, other: RunDirectory) -> list[R
         rows += reward_rows(name, float(each.reward_P.mean()), *each.interval, each.kl)
         rows.append(Row(name, "calls a response", each.calls, ""))
         rows.append(Row(name, "tokens charged a response", each.tokens, ""))
+    low, high = local.interval
+    inside = low <= token.reward_P.mean() <= high
+    rows.append(Row("token", "within the interval of local weights", float(inside), "1 = yes", "== 1"))
     best = max(blocks.values(), key=lambda each: each.reward_P.mean())
     gain = (best.reward_P.mean() - start["reward_mean"]) / (token.reward_P.mean() - start["reward_mean"])
     rows.append(Row("block", "calls, of token's", best.calls / token.calls, "x", f"<= {1 / 6:.4f}"))
