@@ -6,8 +6,8 @@ llama.cpp serves the bundled model; of it there is nothing here but the tokenize
 and the same run with local weights, each with its own rollouts and value model; then, with the first one's value
 model and on the same held-out prompts, guidance by tokens through the server and with local weights, and by blocks of
 K continuations at several strengths; a value model with another tokenizer, trained on the same rollouts; and greedy
-guidance of fifty prompts against local weights, with a server that computes in float32. About 40 minutes on two cores; what is finished is kept in
---work, and not done again.
+guidance of fifty prompts against local weights, with a server that computes in float32. About 50 minutes on two
+cores; what is finished is kept in --work, and not done again.
 """
 
 from __future__ import annotations
