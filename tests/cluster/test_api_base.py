@@ -5,6 +5,7 @@ The value model has another tokenizer than the base model, too.
 
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ def articles(prompts, responses):
     return [response.lower().split().count("the") for response in responses]
 """
 BETA, PROMPTS = 5.0, 34
+STALL = 11.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +175,14 @@ def test_whatever_a_server_does_every_row_is_there(content, run, tmp_path, monke
             marks[name] = lasting[len(marks)]
         if name in marks:
             return marks[name][0]
-        return next(passing) if next(count) % 7 == 0 else None
+        place = next(count)
+        if place == 10:
+            time.sleep(STALL)  # the call is tried again meanwhile
+        return next(passing) if place % 7 == 0 else None
 
     prompts = list(stages.prepare(run))[:8]
     with proxy(content["base"]["openai"], change) as front:
-        base = content["base"] | {"openai": front, "attempts": 4, "timeout": 20}
+        base = content["base"] | {"openai": front, "attempts": 4, "timeout": STALL - 1}
         plan = Plan(prompts, 1, 3, setting='{"the": 5.0}')
         config = config_of(content, name="faults", base=base)
         summary = sample(config, [plan], str(tmp_path), "faults", run.value)
