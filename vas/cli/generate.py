@@ -94,5 +94,6 @@ def _chat(system: str | None, prompt: str) -> tuple[dict[str, str], ...]:
 def _shaded(text: str, token: Token) -> Text:
     """Green where guidance made the token likelier, red where less likely."""
     shift = token.guided_logprob - token.logprob
-    style = "" if abs(shift) < 0.1 else ("green" if shift > 0 else "red") + (" bold" if abs(shift) > 1 else "")
+    moved = abs(shift) >= 0.1  # of what a server has not told, nothing is known
+    style = ("green" if shift > 0 else "red") + (" bold" if abs(shift) > 1 else "") if moved else ""
     return Text(text, style=style)
