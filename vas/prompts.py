@@ -225,3 +225,9 @@ def _own_id(row: dict[str, Any]) -> str:
     if own is not None and (isinstance(own, bool) or not isinstance(own, str | int)):
         raise ValueError(f"its prompt_id must be text or a whole number, not {own!r}")
     return "" if own is None else str(own)
+
+
+def one_message(text: str, system: str | None) -> Prompt:
+    """A chat of one message, after a system message if there is one."""
+    before: list[Message] = [{"role": "system", "content": system}] if system else []
+    return Prompt("", (*before, {"role": "user", "content": text}))

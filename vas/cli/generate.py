@@ -11,8 +11,8 @@ from rich.text import Text
 
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams, Token
 from vas.errors import VasError, nearest
+from vas.prompts import one_message
 from vas.run.directory import RunDirectory
-from vas.schema import Prompt
 
 if TYPE_CHECKING:  # torch loads once everything that may be refused at once has been looked at
     from vas.decoding.engine import Engine
@@ -47,11 +47,13 @@ def generate_text(
 
     base, engine = load_engine(run, guided=bool(strengths))
     output = Console()
-    chat = _chat(run.config.prompts.system, prompt)
-    tokens = encode_prompt(base.tokenizer, Prompt("", chat))
+    asked = one_message(prompt, run.config.prompts.system)
+    tokens = encode_prompt(base.tokenizer, asked)
     try:
         for i in range(samples):
-            request = Request(f"sample {i}", tuple(tokens), replace(how, seed=seed + i), guidance, messages=chat)
+            request = Request(
+                f"sample {i}", tuple(tokens), replace(how, seed=seed + i), guidance, messages=asked.messages
+            )
             for token in engine.stream(request):
                 text = "".join(c for c in token.text if c.isprintable() or c in "\n\t")  # no escapes to the terminal
                 if plain or not output.is_terminal:
@@ -84,11 +86,6 @@ def load_engine(run: RunDirectory, guided: bool) -> tuple[BaseModel | ServedMode
     base, linears = open_base(run.config.base), run.config.base.linears
     scorers = [load_scorer(run.config.value.name, run.value, base, linears)] if guided else []
     return base, Engine(base, scorers, linears=linears, free=True)
-
-
-def _chat(system: str | None, prompt: str) -> tuple[dict[str, str], ...]:
-    """A chat of one message, after the run's system message."""
-    return (*(({"role": "system", "content": system},) if system else ()), {"role": "user", "content": prompt})
 
 
 def _shaded(text: str, token: Token) -> Text:

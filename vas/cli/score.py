@@ -18,6 +18,7 @@ from vas.decoding.detokenizer import Detokenizer
 from vas.errors import VasError
 from vas.models.base import encode_prompt, load_tokenizer, quieten
 from vas.models.value import ValueModel
+from vas.prompts import one_message
 from vas.schema import Prompt
 
 # as in the report: green above the mean, orange below
@@ -96,8 +97,7 @@ class _Score:
 def _chat(checkpoint: Checkpoint, prompt: str) -> Prompt:
     """The prompt as a chat, with the system message of the run if one is at hand."""
     system = checkpoint.run.config.prompts.system if checkpoint.run is not None else None
-    messages = ({"role": "system", "content": system},) if system else ()
-    return Prompt("", (*messages, {"role": "user", "content": prompt}))
+    return one_message(prompt, system)
 
 
 def _check_length(scored: int, all_: int, model: ValueModel) -> None:

@@ -62,13 +62,12 @@ class Engine:
         self._vocab = base.vocabulary
         self._guide = Guide(scorers, base.eos_token_ids, base.device, self.clock, self._vocab)
         self.objectives = tuple(self._guide.objectives)
-        self._runner = (
-            ServedRunner(base, kv_tokens)
-            if isinstance(base, ServedModel)
-            else ModelRunner(base.model, linears, free, kv_tokens)
-        )
-        if isinstance(base, ServedModel):  # more than it may call for at once would take its prefixes from each other
-            max_sequences = min(max_sequences, base.server.concurrency)
+        self._runner: ModelRunner | ServedRunner
+        if isinstance(base, ServedModel):
+            self._runner = ServedRunner(base, kv_tokens)
+            max_sequences = min(max_sequences, base.server.concurrency)  # more would take each other's prefixes
+        else:
+            self._runner = ModelRunner(base.model, linears, free, kv_tokens)
         for scorer in scorers:
             scorer.limit(kv_tokens)
         self._scheduler = Scheduler(self._runner.cache.fits, max_sequences)
