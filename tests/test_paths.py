@@ -117,4 +117,4 @@ print(*sorted(name for name in sys.modules if name.split(".")[0] in ("vas", "ray
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert "vas.decoding.engine" in loaded
-    assert not loaded & {"ray", "deepspeed", "vas.config", "vas.schema", "vas.storage", "vas.prompts"}
+    assert not loaded & {"ray", "deepspeed", "vas.config", "vas.schema", "vas.storage", "vas.prompts", "vas.http"}

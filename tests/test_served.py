@@ -17,8 +17,7 @@ from vas.decoding.engine import Engine
 from vas.decoding.loop import Loop
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
-from vas.errors import VasError
-from vas.http import Rejected
+from vas.errors import Rejected, VasError
 from vas.models.base import encode_prompt, load_base
 from vas.models.served import ServedModel, open_base
 from vas.models.server import Ask, Prefix

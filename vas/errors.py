@@ -33,6 +33,21 @@ class EngineDied(Exception):
     """
 
 
+class Rejected(Exception):
+    """The server would not do it, however often it is asked.
+
+    whole: whatever else it is asked, it would not do that either. status: what it answered, if it did.
+    """
+
+    def __init__(self, error: VasError, whole: bool, status: int | None = None) -> None:
+        super().__init__(str(error))
+        self.error, self.whole, self.status = error, whole, status
+
+    def __reduce__(self) -> "tuple[type[Rejected], tuple[VasError, bool, int | None]]":
+        """It crosses processes."""
+        return type(self), (self.error, self.whole, self.status)
+
+
 def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """A sentence that suggests the nearest known name, or lists them all."""
     from difflib import get_close_matches

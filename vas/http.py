@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 
-from vas.errors import VasError
+from vas.errors import Rejected, VasError
 
 logger = logging.getLogger(__name__)
 
@@ -20,21 +20,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the first retry, and at
 LONGEST_ASKED = 900.0  # seconds; a server that asks for more is given up on
 USERS_MISTAKES = (401, 403, 404)
 BUSY = (408, 409, 429)
-
-
-class Rejected(Exception):
-    """The server would not do it, however often it is asked.
-
-    whole: whatever else it is asked, it would not do that either. status: what it answered, if it did.
-    """
-
-    def __init__(self, error: VasError, whole: bool, status: int | None = None) -> None:
-        super().__init__(str(error))
-        self.error, self.whole, self.status = error, whole, status
-
-    def __reduce__(self) -> tuple[type[Rejected], tuple[VasError, bool, int | None]]:
-        """It crosses processes."""
-        return type(self), (self.error, self.whole, self.status)
 
 
 class Meter:

@@ -20,8 +20,7 @@ from vas.decoding.scheduler import Scheduler
 from vas.decoding.scorer import Scorer
 from vas.decoding.sequence import Completion, Drawn, Request, Score, Sequence, Token
 from vas.decoding.served import ServedRunner
-from vas.errors import VasError, nearest
-from vas.http import Rejected
+from vas.errors import Rejected, VasError, nearest
 from vas.models.answers import Answer
 from vas.models.base import BaseModel
 from vas.models.served import ServedModel

@@ -20,8 +20,7 @@ import torch
 from vas.decoding.engine import Engine
 from vas.decoding.faults import alone, describe, is_fatal, is_memory
 from vas.decoding.sequence import Completion, Request, Token
-from vas.errors import EngineDied, VasError
-from vas.http import Rejected
+from vas.errors import EngineDied, Rejected, VasError
 
 logger = logging.getLogger(__name__)
 

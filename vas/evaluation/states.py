@@ -19,7 +19,8 @@ from vas.decoding.sampler import policy
 from vas.decoding.scorer import InProcess, ScoreBatch
 from vas.decoding.sequence import SamplingParams
 from vas.decoding.served import logprobs
-from vas.http import Meter, Rejected
+from vas.errors import Rejected
+from vas.http import Meter
 from vas.models.base import BaseModel, set_threads
 from vas.models.served import ServedModel, open_base
 from vas.models.server import Prefix

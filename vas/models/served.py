@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vas.errors import VasError
-from vas.http import Meter, Rejected
+from vas.errors import Rejected, VasError
 from vas.models.answers import TORN, Answer, ForeignTokens, Reader, next_tokens
 from vas.models.base import BaseModel, load_base
 from vas.models.server import Ask, Prefix, Server
 
 if TYPE_CHECKING:
     from vas.config import Base
+    from vas.http import Meter
 
 MANY = 8  # choices of a call that are tried
 MOST = (200, 100, 50, 20, 10, 5)  # log-probs to ask for, until the server gives as many

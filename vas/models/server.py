@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from vas.errors import VasError
-from vas.http import Client, Meter, Rejected
+from vas.errors import Rejected, VasError
 from vas.models import bundled
 from vas.models.answers import TORN, no_completion
 from vas.models.base import load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
     from vas.config import Base
+    from vas.http import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ class Server:
     """
 
     def __init__(self, spec: Base, meter: Meter | None = None) -> None:
+        from vas.http import Client  # needs httpx2, which the engine does without
+
         source = spec.tokenizer_id
         self.name = spec.model
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(source, spec.revision)

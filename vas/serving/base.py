@@ -19,8 +19,7 @@ from vas.decoding.loading import load_scorer
 from vas.decoding.loop import Loop
 from vas.decoding.scorer import InProcess, Scorer
 from vas.decoding.sequence import Completion, Request, Token
-from vas.errors import EngineDied, VasError
-from vas.http import Rejected
+from vas.errors import EngineDied, Rejected, VasError
 from vas.models.base import quieten, set_threads
 from vas.models.served import ServedModel, open_base
 from vas.models.value import ValueModelConfig, check_tokenizers

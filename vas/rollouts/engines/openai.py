@@ -11,8 +11,8 @@ from vas.decoding.engine import Engine
 from vas.decoding.loading import load_scorer
 from vas.decoding.loop import Loop
 from vas.decoding.sequence import Completion, Request
-from vas.errors import VasError
-from vas.http import Meter, Rejected
+from vas.errors import Rejected, VasError
+from vas.http import Meter
 from vas.models.answers import ForeignTokens, Reader
 from vas.models.base import set_threads
 from vas.models.served import ServedModel, foreign
