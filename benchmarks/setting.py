@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vas import guidance
 from vas.choices import Linears
@@ -22,12 +23,25 @@ from vas.decoding.guide import Guide
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.decoding.sequence import Sequence as Decoded
-from vas.models.base import BaseModel, encode_prompt, load_base
+from vas.models.base import BaseModel, encode_prompt, load_base, load_tokenizer, tokenizer_digest
 from vas.models.value import ValueModel, ValueModelConfig
 
 PROMPTS = Path(__file__).parent.parent / "vas" / "data" / "demo_prompts.jsonl"
 MODEL = "bundled:smollm2-135m-instruct"
 CANDIDATES, STRENGTH = 20, 2.0
+OBJECTIVE = {"name": "any", "mean": 0.0, "std": 1.0, "low": -3.0, "high": 3.0, "reward_version": "random"}
+SHAPES = {
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }
+}
 
 
 @dataclass
@@ -49,12 +63,27 @@ class Setting:
             model=model, tokenizer_id=model, dtype=dtype, revision=None
         )  # as vas.config.Base, without pydantic
         base = load_base(spec, device)
-        base.eos_token_ids = ()
-        base.model.generation_config.eos_token_id = None
-        objective = {"name": "any", "mean": 0.0, "std": 1.0, "low": -3.0, "high": 3.0, "reward_version": "random"}
         about = {"backbone": None, "layers": layers, "extends": None, "lora": None}
         shape: Any = SimpleNamespace(**about, head="scalar", bins=0, label="")
-        value = ValueModel.build(shape, spec, base.tokenizer, [objective])
+        return cls._of(base, ValueModel.build(shape, spec, base.tokenizer, [OBJECTIVE]))
+
+    @classmethod
+    def random(cls, shape: str, layers: int, device: str, dtype: str) -> Setting:
+        """Random weights in one of `SHAPES`, made where they are used: only the times of such models mean anything."""
+        config, kind = LlamaConfig(**SHAPES[shape]), torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        tokenizer = load_tokenizer(MODEL)
+        torch.set_default_dtype(kind)
+        with torch.device(device):
+            model = LlamaForCausalLM(config).requires_grad_(False).eval()
+            backbone = config.to_dict() | {"num_hidden_layers": layers}
+            value = ValueModel(ValueModelConfig(backbone=backbone, objectives=[OBJECTIVE], head={"kind": "scalar"}))
+        torch.set_default_dtype(torch.float32)
+        return cls._of(BaseModel(shape, model, tokenizer, (), tokenizer_digest(tokenizer)), value)
+
+    @classmethod
+    def _of(cls, base: BaseModel, value: ValueModel) -> Setting:
+        base.eos_token_ids = ()
+        base.model.generation_config.eos_token_id = None
         torch.nn.init.normal_(value.heads[0].linear.weight, std=0.02)
         value = value.requires_grad_(False).eval().to(base.model.device, base.model.dtype)
         asked = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]

@@ -28,15 +28,14 @@ def policy_logprobs(
     logits of temperature 1; the sampler takes the arg-max.
     """
     cut_k, cut_p, cut_min = (bool(cut.any()) for cut in (top_k_B > 0, top_p_B < 1, min_p_B > 0))
-    most = int(top_k_B.max())
-    temperature_B, top_k_B, top_p_B, min_p_B = (
-        each.to(logits_BV.device, non_blocking=True) for each in (temperature_B, top_k_B, top_p_B, min_p_B)
-    )
-    logits_BV = logits_BV.float()
-    scaled = logits_BV / torch.where(temperature_B == 0, 1.0, temperature_B)[:, None]
+    most, device = int(top_k_B.max()), logits_BV.device
+    scaled = logits_BV.float()
+    if bool(((temperature_B != 0) & (temperature_B != 1)).any()):
+        scaled = scaled / torch.where(temperature_B == 0, 1.0, temperature_B).to(device, non_blocking=True)[:, None]
     logprobs = torch.log_softmax(scaled, dim=-1)
     if not (cut_k or cut_p or cut_min):
         return logprobs
+    top_k_B, top_p_B, min_p_B = (each.to(device, non_blocking=True) for each in (top_k_B, top_p_B, min_p_B))
     vocab = logprobs.shape[-1]
     if cut_k:
         k = top_k_B.clamp(max=vocab)
@@ -71,7 +70,9 @@ def select_candidates(
     vocab, device = logprobs_BV.shape[-1], logprobs_BV.device
     top = logprobs_BV.topk(min(int(k_B.max()), vocab), dim=-1)
     likeliest = top.indices
-    within = torch.arange(likeliest.shape[1], device=device) < k_B.to(device, non_blocking=True)[:, None]
+    within = torch.ones_like(likeliest, dtype=torch.bool)
+    if int(k_B.min()) < likeliest.shape[1]:
+        within = torch.arange(likeliest.shape[1], device=device) < k_B.to(device, non_blocking=True)[:, None]
     if mass_B is not None:
         probs = top.values.exp()
         within &= (probs.cumsum(-1) - probs < mass_B[:, None]) | (mass_B >= 1)[:, None]
@@ -91,7 +92,7 @@ def advantages(values_BKJ: Tensor, logprobs_BK: Tensor, valid_BK: Tensor, mean_B
     A candidate that does not count gets 0.
     """
     weights = torch.softmax(logprobs_BK.masked_fill(~valid_BK, NEVER), dim=-1)
-    if mean_B is not None:
+    if mean_B is not None and bool(mean_B.any()):
         mean_B = mean_B.to(valid_BK.device, non_blocking=True)
         uniform = valid_BK / valid_BK.sum(-1, keepdim=True).clamp(min=1)
         weights = torch.where(mean_B[:, None], uniform, weights)
@@ -116,9 +117,8 @@ def combine(
     tilt_BK = torch.einsum("bkj,bj->bk", advantages_BKJ, strengths_BJ).masked_fill(~valid_BK, 0.0)
     if drop_B is not None and bool(drop_B.any()):
         drop_B = drop_B.to(logprobs_BV.device, non_blocking=True)
-        candidate_BV = torch.zeros_like(logprobs_BV, dtype=torch.bool)
-        candidate_BV.scatter_reduce_(1, candidates_BK, valid_BK, reduce="amax", include_self=True)
-        dropped = ~candidate_BV & (drop_B & valid_BK.any(-1))[:, None]
+        times_BV = torch.zeros_like(logprobs_BV).scatter_add_(1, candidates_BK, valid_BK.to(logprobs_BV))
+        dropped = (times_BV == 0) & (drop_B & valid_BK.any(-1))[:, None]
         logprobs_BV = logprobs_BV.masked_fill(dropped, NEVER)
     return torch.log_softmax(logprobs_BV.scatter_add(1, candidates_BK, tilt_BK), dim=-1)
 

@@ -11,7 +11,8 @@ sees its sequence and itself, not the other branches, and its KV stays aside unt
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class Pass:
         self._rows = slice(0, len(rows)) if (rows == np.arange(len(rows))).all() else torch.from_numpy(rows).to(device)
         self._row_N = torch.from_numpy(rows[index[:kept]]).to(device)
         self.column_N = torch.from_numpy(column).to(device)
-        self._kept_column_N = self.column_N[:kept]
+        self._kept_place_N = self.column_N[:kept] + cache.aside
         slot = self._shape_padding(index)
         self._slot_N = None if slot is None else torch.from_numpy(slot).to(device)
         self._branching = kept < self._total
@@ -80,9 +81,9 @@ class Pass:
         flat = grid_BTX.reshape(-1, *grid_BTX.shape[2:])
         return flat if self._slot_N is None else flat[self._slot_N]
 
-    def _mask(self, window: int | None, dtype: torch.dtype, shared: int = 1, group: int = 1) -> Tensor:
+    def _mask(self, window: int | None, dtype: torch.dtype, group: int = 1, shared: int = 1) -> Tensor:
         """Additive mask over the columns that are read [B · shared, 1, T · group, columns]; layers share it."""
-        key = window, shared, group
+        key = window, group, shared
         if key not in self._masks:
             # with branches in the pass every token meets itself in the last column, not in its own
             seen_BT1 = self._grid(self.column_N if self._branching else self.column_N + 1)[..., None]
@@ -101,14 +102,13 @@ class Pass:
     ) -> Tensor:
         """One layer's attention: query [N, H, D], keys and values in one [N, 2, H_kv, D], to [N, H, D]."""
         if self._kept:
-            self._cache.write(layer, self._row_N, self._kept_column_N, states[: self._kept])
+            self._cache.write(layer, self._row_N, self._kept_place_N, states[: self._kept])
         if self._branching:
             self.branches.append(states[self._kept :].clone())  # a view would keep all of the pass
-        elif cap is None and query.device.type == "cpu":  # a GPU has no kernel for both a mask and shared heads
+        elif cap is None:
             keys, values = self._cache.read(layer, self._rows, self._width)  # [B, H_kv, columns, D]
-            query, mask = self._grid(query).transpose(1, 2), self._mask(window, query.dtype)
-            found = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True)
-            return self._flat(found.transpose(1, 2))
+            mask = partial(self._mask, window, query.dtype)
+            return self._flat(attend_grid(self._grid(query), keys, values, mask, scale))
         return self._attend_stepwise(layer, query, states, scale, window, cap)
 
     def _attend_stepwise(
@@ -122,7 +122,7 @@ class Pass:
         query = query.view(-1, shared, group, dim)
         folded = self._grid(query).transpose(1, 2).reshape(self._batch * shared, -1, dim)
         unfolded = (self._batch, shared, self._longest, group, -1)
-        mask = self._mask(window, query.dtype, shared, group).squeeze(1)
+        mask = self._mask(window, query.dtype, group, shared).squeeze(1)
         transposed = keys.flatten(0, 1).transpose(1, 2)
         scores = torch.baddbmm(mask, folded, transposed, beta=1 if cap is None else 0, alpha=scale)
         if self._branching:
@@ -137,6 +137,24 @@ class Pass:
             own = self._flat(weights.view(unfolded)[..., -1].transpose(1, 2))
             result = torch.addcmul(result, own[..., None], states[:, 1, :, None])
         return result.reshape(-1, heads, dim)
+
+
+def attend_grid(
+    query_BTHD: Tensor, keys: Tensor, values: Tensor, mask: Callable[[int], Tensor], scale: float
+) -> Tensor:
+    """Attention of T tokens of each sequence: [B, T, H, D] to the same; keys and values are [B, H_kv, columns, D].
+
+    mask: additive, [B, 1, T · group, columns], for so many query heads that share a key head.
+    """
+    if query_BTHD.device.type == "cpu":
+        query = query_BTHD.transpose(1, 2)
+        found = F.scaled_dot_product_attention(query, keys, values, mask(1), scale=scale, enable_gqa=True)
+        return found.transpose(1, 2)
+    # a GPU has no kernel for both a mask and shared heads: those that share one become more queries of it
+    split = query_BTHD.unflatten(2, (keys.shape[1], -1)).transpose(1, 2)
+    group = split.shape[3]
+    found = F.scaled_dot_product_attention(split.flatten(2, 3), keys, values, mask(group), scale=scale)
+    return found.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3)
 
 
 def attend(

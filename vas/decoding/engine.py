@@ -315,8 +315,8 @@ class Engine:
         with self.clock.part("sample"):
             if isinstance(self._runner, ServedRunner):
                 guided_BV = self._runner.certain(guided_BV, knobs)
-            drawn = draw(sequences, base_BV, guided_BV)
-            scores = self._guide.scores(sequences, [each.token for each in drawn])
+            drawn, told = draw(sequences, base_BV, guided_BV, self._guide.about)
+            scores = self._guide.scores(sequences, told)
             settled = self._runner.settle(sequences, drawn) if isinstance(self._runner, ServedRunner) else drawn
         tokens = []
         for b, (sequence, each) in enumerate(zip(sequences, settled, strict=True)):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vas import guidance
 from vas.decoding.clock import Clock
+from vas.decoding.graphs import upload
 from vas.decoding.scorer import InProcess, ScoreBatch, Scorer, ScorerUnreachable
 from vas.decoding.sequence import Request, Score, Sequence
 from vas.errors import VasError
@@ -62,14 +63,14 @@ class Guide:
         if not rows:
             return base_BV
         every = len(rows) == len(sequences)
-        policy = base_BV if every else base_BV[rows]
-        device = policy.device
+        device = base_BV.device
+        policy = _some(base_BV, rows)
         params = [sequences[b].request.guidance for b in rows]
         k = torch.tensor([p.candidates for p in params])
         masses = [p.candidate_mass for p in params]
-        adaptive = torch.tensor(masses, device=device) if min(masses) < 1 else None
+        adaptive = upload(masses, device) if min(masses) < 1 else None
         tokens, valid = guidance.select_candidates(policy[:, : self._vocabulary], k, self._eos, adaptive)
-        strengths = self.strengths([sequences[b] for b in rows]).to(device)
+        strengths = upload(self.strengths([sequences[b] for b in rows]), device)
         values = self.values(sequences, rows, tokens, valid, strengths)
         mean = torch.tensor([p.baseline == "mean" for p in params])
         advantage = guidance.advantages(values, policy.gather(1, tokens), valid, mean)
@@ -79,25 +80,33 @@ class Guide:
         for b in rows:
             lost = self._lost.get(b, set())
             sequences[b].completion.guided_steps += not sequences[b].request.guidance.active <= lost
-        return result if every else base_BV.index_copy(0, torch.tensor(rows, device=device), result)
+        return result if every else base_BV.index_copy(0, upload(rows, device), result)
 
-    def scores(self, sequences: Many[Sequence], drawn: Many[int]) -> dict[int, dict[str, Score]]:
-        """What the value models say of the tokens drawn after the last call, for each row that was guided."""
+    def about(self, chosen_B: Tensor) -> Tensor:
+        """What the value models say of the tokens drawn after the last call, for `scores`: [B, X]."""
         if self._last is None:
-            return {}
+            return chosen_B.new_empty(len(chosen_B), 0)
         rows, tokens_RK, valid_RK, *figures = self._last
-        chosen_R1 = torch.tensor([[drawn[b]] for b in rows], device=tokens_RK.device)
-        here_RK = (tokens_RK == chosen_R1) & valid_RK
-        scored = here_RK.any(-1).tolist()
-        place_R11 = here_RK.int().argmax(-1)[:, None, None]
-        values, advantages = (each.gather(1, place_R11.expand(-1, -1, each.shape[2])).tolist() for each in figures)
+        every = len(rows) == len(chosen_B)
+        here_RK = (tokens_RK == _some(chosen_B, rows)[:, None]) & valid_RK
+        scored_R1, place_R1 = here_RK.to(figures[0]).max(-1, keepdim=True)
+        found = [each.gather(1, place_R1[..., None].expand(-1, -1, each.shape[2])).squeeze(1) for each in figures]
+        told_RX = torch.cat([scored_R1, *found], dim=1)
+        if every:
+            return told_RX
+        return told_RX.new_zeros(len(chosen_B), told_RX.shape[1]).index_copy(0, upload(rows, told_RX.device), told_RX)
+
+    def scores(self, sequences: Many[Sequence], told: list[list[float]]) -> dict[int, dict[str, Score]]:
+        """What `about` has found, for each row that was guided."""
         found: dict[int, dict[str, Score]] = {}
-        for r, b in enumerate(rows):
+        for b in self._last[0] if self._last else ():
+            scored, *figures = told[b]
+            values, advantages = figures[: len(self.objectives)], figures[len(self.objectives) :]
             found[b] = {}
             for name in sequences[b].request.guidance.active - self._lost.get(b, set()):
                 j = self.objectives[name]
-                value = values[r][0][j] if scored[r] and name not in self._relative else None
-                found[b][name] = Score(value, advantages[r][0][j] if scored[r] else 0.0)
+                value = values[j] if scored and name not in self._relative else None
+                found[b][name] = Score(value, advantages[j] if scored else 0.0)
         return found
 
     def wanted(self, sequences: Many[Sequence], base_BV: Tensor) -> list[int]:
@@ -156,9 +165,9 @@ class Guide:
                     sequences=[sequences[b].owner for b in users],
                     taken=[self._unread(sequences[b], scorer, unread) for b in users],
                     rows=[place[rows[i]] for i in asking],
-                    candidates_BK=tokens_BK[asking],
-                    valid_BK=valid_BK[asking],
-                    strengths_BJ=strengths_BJ[asking, own],
+                    candidates_BK=_some(tokens_BK, asking),
+                    valid_BK=_some(valid_BK, asking),
+                    strengths_BJ=_some(strengths_BJ, asking)[:, own],
                     soft_B=torch.tensor([sequences[rows[i]].request.guidance.value == "soft" for i in asking]),
                 )
                 asked.append((scorer, users, asking, own, scorer.score(batch)))
@@ -169,7 +178,8 @@ class Guide:
                     scored, positions = missing.answer
                     for i in missing.lost:
                         self._lost.setdefault(rows[asking[i]], set()).update(scorer.objectives)
-                values[asking, :, own] = scored.to(values)
+                every = len(asking) == len(values)
+                values[slice(None) if every else asking, :, own] = scored.to(values)
                 for b, count in zip(users, positions, strict=True):
                     sequences[b].read[scorer.name] = len(sequences[b]) - unread
                     sequences[b].completion.scored(scorer.name, count)
@@ -192,3 +202,8 @@ class Guide:
     def _unread(sequence: Sequence, scorer: Scorer, spared: int) -> tuple[int, ...]:
         """What a scorer has not read of a sequence, but for the last `spared` tokens."""
         return sequence.tokens(sequence.read.get(scorer.name, 0), len(sequence) - spared)
+
+
+def _some(tensor: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a tensor; all of them without a copy."""
+    return tensor if len(rows) == len(tensor) else tensor[upload(rows, tensor.device)]

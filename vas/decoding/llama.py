@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,23 @@ from transformers import (
 
 from vas.choices import Linears
 from vas.decoding import linears, switches
-from vas.decoding.attention import Pass
 
 Product = Callable[[Tensor], Tensor]
+Residual = Callable[[Tensor, Tensor], Tensor]
+"""h and x to h + product(x); h may be overwritten."""
 FAMILY = (LlamaModel, MistralModel, Qwen2Model, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+
+
+class Where(Protocol):
+    """Where a pass's tokens lie, and how they attend to what they see: `attention.Pass`, `uniform.UniformPass`."""
+
+    column_N: Tensor
+
+    def attend(
+        self, layer: int, query: Tensor, states: Tensor, scale: float, window: int | None, cap: float | None
+    ) -> Tensor:
+        """One layer's attention: query [N, H, D], keys and values in one [N, 2, H_kv, D], to [N, H, D]."""
+        ...
 
 
 def supports(model: PreTrainedModel) -> bool:
@@ -43,10 +56,10 @@ class _Layer:
 
     input_norm: _RMSNorm
     qkv: Product
-    out: Product
+    out: Residual
     mlp_norm: _RMSNorm
     gate_up: Product
-    down: Product
+    down: Residual
     scale: float
     window: int | None
 
@@ -72,10 +85,10 @@ class FusedLlama:
         return _Layer(
             _RMSNorm(layer.input_layernorm.weight, attention.config.rms_norm_eps),
             _join([attention.q_proj, attention.k_proj, attention.v_proj], kind, free, self._in_pairs()),
-            _join([attention.o_proj], kind, free),
+            _residual(attention.o_proj, kind, free),
             _RMSNorm(layer.post_attention_layernorm.weight, attention.config.rms_norm_eps),
             _join([mlp.gate_proj, mlp.up_proj], kind, free),
-            _join([mlp.down_proj], kind, free),
+            _residual(mlp.down_proj, kind, free),
             attention.scaling,
             # a layer's own word counts, also when it says that it has none
             getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
@@ -90,7 +103,7 @@ class FusedLlama:
         places = torch.arange((turning + self._shared) * self._dim).view(-1, 2, self._dim // 2)
         return torch.cat([places[:turning].transpose(1, 2).flatten(), places[turning:].flatten()])
 
-    def __call__(self, ids_N: Tensor, where: Pass, logits: bool) -> Tensor:
+    def __call__(self, ids_N: Tensor, where: Where, logits: bool) -> Tensor:
         """Logits [N, V], or hidden states after the last norm [N, H]."""
         h = self._embed(ids_N)
         turn_N1D = self._turns(h, where.column_N)
@@ -100,9 +113,9 @@ class FusedLlama:
             _turn(states[:, : queries + self._shared].view(tokens, -1, half, 2), turn_N1D)
             pairs = states[:, queries:].view(tokens, 2, self._shared, self._dim)
             found = where.attend(number, states[:, :queries], pairs, layer.scale, layer.window, None)
-            h += layer.out(found.flatten(1))
+            h = layer.out(h, found.flatten(1))
             gate, up = layer.gate_up(layer.mlp_norm(h)).chunk(2, dim=-1)
-            h += layer.down(F.silu(gate).mul_(up))
+            h = layer.down(h, F.silu(gate).mul_(up))
         h = self._norm(h)
         if not logits:
             return h
@@ -152,3 +165,12 @@ def _join(parts: list[nn.Linear], kind: Linears, free: bool, order: Tensor | Non
         for part in parts:
             part.weight = nn.Parameter(part.weight.new_empty(0), requires_grad=False)
     return joined
+
+
+def _residual(part: nn.Linear, kind: Linears, free: bool) -> Residual:
+    """A linear layer whose output is added to a residual stream; on a GPU by the product's own kernel."""
+    if part.weight.is_cuda and part.bias is None:
+        transposed = part.weight.detach().t()
+        return lambda h_NH, x_NI: torch.addmm(h_NH, x_NI, transposed)
+    product = _join([part], kind, free)
+    return lambda h_NH, x_NI: h_NH.add_(product(x_NI))

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vas.choices import Linears
-from vas.decoding import attention, linears, llama
+from vas.decoding import attention, linears, llama, uniform
 from vas.decoding.attention import Pass
 from vas.decoding.cache import KVCache
 from vas.decoding.llama import FusedLlama
+from vas.decoding.uniform import Uniform
 from vas.errors import VasError
 
 
@@ -85,9 +86,13 @@ class ModelRunner:
         self, model: PreTrainedModel, kind: Linears = "exact", free: bool = False, limit: int | None = None
     ) -> None:
         self.device = model.device
-        self.cache = KVCache(model.device, limit)
         kind = linears.settle(model, kind)
-        self._forward = (FusedLlama if llama.supports(model) else HuggingFace)(model, kind, free)
+        fused = FusedLlama(model, kind, free) if llama.supports(model) else None
+        self._forward = fused or HuggingFace(model, kind, free)
+        recurring = fused is not None and uniform.pays(model)
+        self.cache = KVCache(model.device, limit, uniform.ASIDE if recurring else 0)
+        self.uniform = Uniform(fused, self.cache) if fused and recurring else None
+        """For steps whose shapes recur, where it pays to run them so."""
 
     @contextmanager
     def sequences(self, count: int) -> Iterator[range]:
@@ -115,6 +120,8 @@ class ModelRunner:
 
         The output is the model's logits, or the backbone's last hidden state.
         """
+        if self.uniform and self.cache is self.uniform.cache and self.uniform.fits(tokens):
+            return self.uniform.append(owners, tokens, logits)
         return self.branch(owners, tokens, np.empty(0, int), np.empty(0, int), logits)[0]
 
     @torch.inference_mode()
@@ -151,10 +158,10 @@ class ModelRunner:
         """Append a branch of an earlier pass, by its number there, to each of some sequences."""
         as_tensor = partial(torch.tensor, device=self.device)
         rows = as_tensor([self.cache.row_of[owner] for owner in branches])
-        columns = as_tensor([self.cache.lengths[owner] for owner in branches])
+        places = as_tensor([self.cache.aside + self.cache.lengths[owner] for owner in branches])
         for owner in branches:
             self.cache.lengths[owner] += 1
         self.cache.grow(max(self.cache.lengths[owner] for owner in branches))
         chosen = as_tensor(list(branches.values()))
         for layer, states in enumerate(where.branches):
-            self.cache.write(layer, rows, columns, states[chosen])
+            self.cache.write(layer, rows, places, states[chosen])

@@ -11,6 +11,7 @@ distribution instead, each of its hundreds of steps may pass it by.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vas import guidance
+from vas.decoding.graphs import upload
 from vas.decoding.sequence import Drawn, SamplingParams, Sequence
 
 BLOCK = 256
@@ -30,7 +32,7 @@ def policy(logits_BV: Tensor, knobs: Many[SamplingParams]) -> Tensor:
     """log π0 of the next tokens [B, V]: each row with its own bias, temperature and truncation."""
     biased = [(b, *item) for b, k in enumerate(knobs) for item in k.logit_bias.items()]
     if biased:
-        rows, tokens, amounts = (torch.tensor(each, device=logits_BV.device) for each in zip(*biased, strict=True))
+        rows, tokens, amounts = (upload(each, logits_BV.device) for each in zip(*biased, strict=True))
         logits_BV = logits_BV.float().index_put((rows, tokens), amounts.float(), accumulate=True)
     return guidance.policy_logprobs(
         logits_BV,
@@ -41,20 +43,29 @@ def policy(logits_BV: Tensor, knobs: Many[SamplingParams]) -> Tensor:
     )
 
 
-def draw(sequences: Many[Sequence], base_BV: Tensor, guided_BV: Tensor) -> list[Drawn]:
-    """The next token of every sequence, with its log π0 and log π, and the step's KL."""
+def draw(
+    sequences: Many[Sequence], base_BV: Tensor, guided_BV: Tensor, about: Callable[[Tensor], Tensor]
+) -> tuple[list[Drawn], list[list[float]]]:
+    """The next token of every sequence, with its log π0 and log π, and the step's KL.
+
+    about: finds more figures [B, X] of the tokens drawn [B]. They are returned beside them, so that a GPU is
+    waited for once.
+    """
     device, knobs = base_BV.device, [s.request.sampling for s in sequences]
     seeds = [fork(s.request.sampling.seed, s.fork) for s in sequences]
     noise = gumbels(seeds, [len(s.response) for s in sequences], entrants(base_BV.shape[1]))
     # continuations of a greedy request are sampled all the same, and the best of them is taken
     greedy = torch.tensor([k.temperature == 0 and s.block is None for k, s in zip(knobs, sequences, strict=True)])
-    chosen_B = sample(guided_BV, torch.from_numpy(noise).to(device), greedy)
+    chosen_B = sample(guided_BV, upload(noise, device), greedy)
     guided = guided_BV is not base_BV
     kl_B = guidance.kl_divergence(guided_BV, base_BV) if guided else torch.zeros_like(base_BV[:, 0])
-    taken = [each.gather(1, chosen_B[:, None]).squeeze(1) for each in (base_BV, guided_BV)]
-    figures = torch.stack([*taken, kl_B]).tolist()
+    chosen_B1 = chosen_B[:, None]
+    taken = [each.gather(1, chosen_B1) for each in (base_BV, guided_BV)]
+    token_B1 = chosen_B1.to(base_BV)  # exact: there are fewer tokens than float32 has whole numbers
+    figures = torch.cat([token_B1, *taken, kl_B[:, None], about(chosen_B).to(base_BV)], dim=1).tolist()
     top = _likeliest(base_BV, guided_BV, [k.logprobs for k in knobs])
-    return [Drawn(*each) for each in zip(chosen_B.tolist(), *figures, top, strict=True)]
+    drawn = [Drawn(int(row[0]), row[1], row[2], row[3], each) for row, each in zip(figures, top, strict=True)]
+    return drawn, [row[4:] for row in figures]
 
 
 def _likeliest(base_BV: Tensor, guided_BV: Tensor, counts: list[int]) -> list[tuple[tuple[int, float, float], ...]]:
@@ -108,11 +119,12 @@ def sample(logprobs_BV: Tensor, gumbels_BN: Tensor, greedy_B: Tensor) -> Tensor:
     vocabulary once. What has probability 0 never wins.
     """
     rows, vocab = logprobs_BV.shape
-    blocks = F.pad(logprobs_BV.exp(), (0, -vocab % BLOCK)).view(rows, -1, BLOCK)
+    probs_BV = logprobs_BV.exp()
+    blocks = (F.pad(probs_BV, (0, -vocab % BLOCK)) if vocab % BLOCK else probs_BV).view(rows, -1, BLOCK)
     count = blocks.shape[1]
     block = (blocks.sum(-1).log() + gumbels_BN[:, :count]).argmax(-1)
     inside = blocks[torch.arange(rows, device=block.device), block]
     drawn = block * BLOCK + (inside.log() + gumbels_BN[:, count:]).argmax(-1)
     if not bool(greedy_B.any()):
         return drawn
-    return torch.where(greedy_B.to(drawn.device), logprobs_BV.argmax(dim=-1), drawn)
+    return torch.where(upload(greedy_B, drawn.device), logprobs_BV.argmax(dim=-1), drawn)

@@ -20,7 +20,9 @@ from torch import Tensor
 from vas.choices import Linears
 from vas.decoding.attention import Pass
 from vas.decoding.cache import KVCache
+from vas.decoding.graphs import upload
 from vas.decoding.runner import ModelRunner
+from vas.decoding.uniform import Uniform
 from vas.errors import VasError
 from vas.models.value import ValueModel
 
@@ -173,8 +175,9 @@ class InProcess:
         """Values [N, J] of the heads' outputs, expected or soft as the row of each asks."""
         values = self._model.values(outputs)
         if bool(batch.soft_B.any()):
-            soft = self._model.values(outputs, batch.strengths_BJ.to(values.device)[row_N])
-            values = torch.where(batch.soft_B.to(values.device)[row_N, None], soft, values)
+            strengths_BJ, soft_B = (upload(each, values.device) for each in (batch.strengths_BJ, batch.soft_B))
+            soft = self._model.values(outputs, strengths_BJ[row_N])
+            values = torch.where(soft_B[row_N, None], soft, values)
         return values
 
     def values(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
@@ -212,6 +215,10 @@ class ValueScorer(InProcess):
     def answer(self, batch: ScoreBatch) -> Answer:
         """One tree-masked pass; see the module's text."""
         missed = self._keep_taken(batch)
+        if uniform := self._runner.uniform:
+            again = [each or taken[-1:] for each, taken in zip(missed, batch.taken, strict=True)]
+            if uniform.fits(again, batch.candidates_BK.shape[1]):
+                return self._try_all(batch, missed, uniform)
         valid = batch.valid_BK.cpu().numpy()
         tokens = batch.candidates_BK.cpu().numpy()
         row, place = valid.nonzero()
@@ -226,6 +233,24 @@ class ValueScorer(InProcess):
         values[row_N, place_N] = self._values(self._model.outputs(hidden_NH), batch, row_N)
         run = np.bincount(index, minlength=len(batch.sequences)) + [len(each) for each in missed]
         return values, run.tolist()
+
+    def _try_all(self, batch: ScoreBatch, missed: list[tuple[int, ...]], uniform: Uniform) -> Answer:
+        """The same in a pass that runs the last token of every sequence with its candidates, whichever it was."""
+        asked, tried = batch.candidates_BK.shape
+        read = {}
+        for sequence, fresh, taken in zip(batch.sequences, missed, batch.taken, strict=True):
+            if taken and not fresh:
+                self._runner.cache.lengths[sequence] -= 1  # was kept as a candidate; its output is wanted once more
+            if taken:
+                read[sequence] = fresh or taken[-1:]
+        askers = [batch.sequences[b] for b in batch.rows]
+        hidden_RKH = uniform.tries(list(read), list(read.values()), askers, batch.candidates_BK)
+        row_N = torch.arange(asked, device=hidden_RKH.device).repeat_interleave(tried)
+        values = self._values(self._model.outputs(hidden_RKH.flatten(0, 1)), batch, row_N).view(asked, tried, -1)
+        run = [len(read.get(sequence, ())) for sequence in batch.sequences]
+        for b in batch.rows:
+            run[b] += tried
+        return values.float().masked_fill(~upload(batch.valid_BK, values.device)[..., None], 0.0), run
 
     def _keep_taken(self, batch: ScoreBatch) -> list[tuple[int, ...]]:
         """Keep the KV of each candidate that was taken; returns the tokens that were no candidates."""
@@ -268,8 +293,8 @@ class VocabScorer(InProcess):
         """One pass over the taken tokens; candidates are looked up in its last states."""
         output_NH = self._runner.extend(batch.sequences, batch.taken)
         counts = [len(taken) for taken in batch.taken]
-        last = (np.cumsum(counts) - 1)[batch.rows]
-        outputs = self._model.outputs(output_NH[torch.from_numpy(last).to(output_NH.device)])
+        last = upload((np.cumsum(counts) - 1)[batch.rows], output_NH.device)
+        outputs = self._model.outputs(output_NH[last])
         return self._model.next_values(outputs, batch.candidates_BK.to(output_NH.device)), counts
 
 

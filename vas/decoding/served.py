@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vas.decoding.blocks import Block
-from vas.decoding.cache import KVCache
+from vas.decoding.cache import allocated
 from vas.decoding.sampler import fork
 from vas.decoding.sequence import Drawn, SamplingParams
 from vas.decoding.sequence import Sequence as Running
@@ -31,7 +31,7 @@ class Calls:
     It counts room as if these were here, for a value model's are: limit is of its tokens.
     """
 
-    allocated = staticmethod(KVCache.allocated)
+    allocated = staticmethod(allocated)
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit

@@ -9,6 +9,7 @@ from vas.errors import VasError, nearest
 NAMES = {
     "packed_linears": "linear layers in the layout of this CPU's kernels (else torch's own)",
     "fused_llama": "a leaner forward pass for models of the Llama family (else Hugging Face's)",
+    "cuda_graphs": "decoding steps of one shape are recorded once and replayed on a GPU",
     "shared_prefixes": "prompts that begin alike are read once",
 }
 
