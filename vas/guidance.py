@@ -78,6 +78,8 @@ def select_candidates(
         within &= (probs.cumsum(-1) - probs < mass_B[:, None]) | (mass_B >= 1)[:, None]
         widest = int(within.sum(-1).max())
         likeliest, within = likeliest[:, :widest], within[:, :widest]
+    if not len(always):
+        return likeliest, within & top.values[:, : likeliest.shape[1]].isfinite()
     extra = always.expand(len(logprobs_BV), -1)
     tokens = torch.cat([likeliest, extra], dim=1)
     already = ((extra[:, :, None] == likeliest[:, None, :]) & within[:, None, :]).any(-1)
@@ -91,14 +93,16 @@ def advantages(values_BKJ: Tensor, logprobs_BK: Tensor, valid_BK: Tensor, mean_B
     mean_B: rows whose baseline is the candidates' unweighted mean instead, as in the authors' code.
     A candidate that does not count gets 0.
     """
-    weights = torch.softmax(logprobs_BK.masked_fill(~valid_BK, NEVER), dim=-1)
+    invalid_BK = ~valid_BK
+    least = torch.finfo(logprobs_BK.dtype).min  # not -inf, for a row may have no candidate at all
+    weights = torch.softmax(logprobs_BK.masked_fill(invalid_BK, least), dim=-1)
     if mean_B is not None and bool(mean_B.any()):
         mean_B = mean_B.to(valid_BK.device, non_blocking=True)
         uniform = valid_BK / valid_BK.sum(-1, keepdim=True).clamp(min=1)
         weights = torch.where(mean_B[:, None], uniform, weights)
-    weights = weights.nan_to_num(0.0)  # a row without any candidate
-    baseline = (weights[:, :, None] * values_BKJ.masked_fill(~valid_BK[:, :, None], 0.0)).sum(1, keepdim=True)
-    return (values_BKJ - baseline).masked_fill(~valid_BK[:, :, None], 0.0)
+    known_BKJ = values_BKJ.masked_fill(invalid_BK[:, :, None], 0.0)
+    baseline_B1J = (weights[:, :, None] * known_BKJ).sum(1, keepdim=True)
+    return (known_BKJ - baseline_B1J).masked_fill(invalid_BK[:, :, None], 0.0)
 
 
 def combine(
@@ -114,7 +118,7 @@ def combine(
     Tokens outside the candidates have A = 0, or are dropped in the rows that `drop_B` marks.
     The decoding rule of arXiv:2405.06639, with a β for each objective.
     """
-    tilt_BK = torch.einsum("bkj,bj->bk", advantages_BKJ, strengths_BJ).masked_fill(~valid_BK, 0.0)
+    tilt_BK = (advantages_BKJ * strengths_BJ[:, None]).sum(-1).masked_fill(~valid_BK, 0.0)
     if drop_B is not None and bool(drop_B.any()):
         drop_B = drop_B.to(logprobs_BV.device, non_blocking=True)
         times_BV = torch.zeros_like(logprobs_BV).scatter_add_(1, candidates_BK, valid_BK.to(logprobs_BV))
@@ -130,8 +134,8 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
 
 def kl_divergence(guided_BV: Tensor, base_BV: Tensor) -> Tensor:
     """Exact KL(π‖π0) of one step in nats, over the tokens that π keeps. Returns [B]."""
-    ratio = (guided_BV - base_BV).masked_fill(guided_BV == NEVER, 0.0)
-    return (guided_BV.exp() * ratio).sum(-1)
+    # where π has 0 this is not a number: 0 times infinity
+    return (guided_BV - base_BV).mul_(guided_BV.exp()).nan_to_num_(0.0).sum(-1)
 
 
 def entropy(logprobs_BV: Tensor) -> Tensor:

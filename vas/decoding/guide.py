@@ -178,8 +178,10 @@ class Guide:
                     scored, positions = missing.answer
                     for i in missing.lost:
                         self._lost.setdefault(rows[asking[i]], set()).update(scorer.objectives)
-                every = len(asking) == len(values)
-                values[slice(None) if every else asking, :, own] = scored.to(values)
+                if scored.shape == values.shape:
+                    values = scored.to(values)
+                else:
+                    values[asking, :, own] = scored.to(values)
                 for b, count in zip(users, positions, strict=True):
                     sequences[b].read[scorer.name] = len(sequences[b]) - unread
                     sequences[b].completion.scored(scorer.name, count)

@@ -171,13 +171,12 @@ class InProcess:
         """The value model's own tokens."""
         return [*prompt, *response]
 
-    def _values(self, outputs: list[Tensor], batch: ScoreBatch, row_N: Tensor) -> Tensor:
-        """Values [N, J] of the heads' outputs, expected or soft as the row of each asks."""
+    def _values(self, outputs: list[Tensor], strengths: Tensor, soft: Tensor) -> Tensor:
+        """Values [..., J] of the heads' outputs, expected or soft as each asks; soft ones need strengths [..., J]."""
         values = self._model.values(outputs)
-        if bool(batch.soft_B.any()):
-            strengths_BJ, soft_B = (upload(each, values.device) for each in (batch.strengths_BJ, batch.soft_B))
-            soft = self._model.values(outputs, strengths_BJ[row_N])
-            values = torch.where(soft_B[row_N, None], soft, values)
+        if bool(soft.any()):
+            tilted = self._model.values(outputs, upload(strengths, values.device))
+            values = torch.where(upload(soft, values.device)[..., None], tilted, values)
         return values
 
     def values(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
@@ -230,13 +229,13 @@ class ValueScorer(InProcess):
         hidden_NH = output[len(output) - len(row) :]
         row_N, place_N = (torch.from_numpy(each).to(hidden_NH.device) for each in (row, place))
         values = hidden_NH.new_zeros(*valid.shape, len(self.objectives), dtype=torch.float32)
-        values[row_N, place_N] = self._values(self._model.outputs(hidden_NH), batch, row_N)
+        strengths_NJ, soft_N = batch.strengths_BJ[row], batch.soft_B[row]
+        values[row_N, place_N] = self._values(self._model.outputs(hidden_NH), strengths_NJ, soft_N)
         run = np.bincount(index, minlength=len(batch.sequences)) + [len(each) for each in missed]
         return values, run.tolist()
 
     def _try_all(self, batch: ScoreBatch, missed: list[tuple[int, ...]], uniform: Uniform) -> Answer:
         """The same in a pass that runs the last token of every sequence with its candidates, whichever it was."""
-        asked, tried = batch.candidates_BK.shape
         read = {}
         for sequence, fresh, taken in zip(batch.sequences, missed, batch.taken, strict=True):
             if taken and not fresh:
@@ -245,11 +244,10 @@ class ValueScorer(InProcess):
                 read[sequence] = fresh or taken[-1:]
         askers = [batch.sequences[b] for b in batch.rows]
         hidden_RKH = uniform.tries(list(read), list(read.values()), askers, batch.candidates_BK)
-        row_N = torch.arange(asked, device=hidden_RKH.device).repeat_interleave(tried)
-        values = self._values(self._model.outputs(hidden_RKH.flatten(0, 1)), batch, row_N).view(asked, tried, -1)
+        values = self._values(self._model.outputs(hidden_RKH), batch.strengths_BJ[:, None], batch.soft_B[:, None])
         run = [len(read.get(sequence, ())) for sequence in batch.sequences]
         for b in batch.rows:
-            run[b] += tried
+            run[b] += batch.candidates_BK.shape[1]
         return values.float().masked_fill(~upload(batch.valid_BK, values.device)[..., None], 0.0), run
 
     def _keep_taken(self, batch: ScoreBatch) -> list[tuple[int, ...]]:

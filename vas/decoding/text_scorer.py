@@ -84,7 +84,7 @@ class TextScorer(InProcess):
             tails = [self._tail(asked[b], tokens[b][k]) for b, k in part]
             row_N = torch.tensor([b for b, _ in part])
             last_NH = self._branch([asked[b] for b, _ in part], tails)
-            found_NJ = self._values(self._model.outputs(last_NH), batch, row_N.to(last_NH.device))
+            found_NJ = self._values(self._model.outputs(last_NH), batch.strengths_BJ[row_N], batch.soft_B[row_N])
             for (b, k), (_, tail), value_J in zip(part, tails, found_NJ, strict=True):
                 values[b, k] = value_J
                 run[asked[b]] += len(tail)

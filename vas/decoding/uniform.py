@@ -109,7 +109,8 @@ class Uniform:
         """Append tokens to sequences, and try candidates after them in those that ask; their outputs [R, K, ...]."""
         asked, tried = candidates_RK.shape
         rows = self.cache.rows(askers)
-        padded = F.pad(candidates_RK, (0, _padded(tried) - tried, 0, self.cache.batch - asked))
+        missing = _padded(tried) - tried, self.cache.batch - asked
+        padded = F.pad(candidates_RK, (0, missing[0], 0, missing[1])) if any(missing) else candidates_RK
         where_R = None if _first(rows) else upload(rows, candidates_RK.device)
         if where_R is not None:
             padded = torch.zeros_like(padded).index_copy_(0, where_R, padded[:asked])
