@@ -7,21 +7,19 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 
 import torch
-from torch import Tensor
 
 from vas.choices import Linears
+from vas.decoding.base_runner import BaseRunner, LocalRunner
 from vas.decoding.blocks import Block, choose
 from vas.decoding.clock import Clock
 from vas.decoding.detokenizer import Detokenizer
 from vas.decoding.guide import Guide
-from vas.decoding.runner import ModelRunner
 from vas.decoding.sampler import draw, policy
 from vas.decoding.scheduler import Scheduler
 from vas.decoding.scorer import Scorer
 from vas.decoding.sequence import Completion, Drawn, Request, Score, Sequence, Token
 from vas.decoding.served import ServedRunner
 from vas.errors import Rejected, VasError, nearest
-from vas.models.answers import Answer
 from vas.models.base import BaseModel
 from vas.models.served import ServedModel
 
@@ -61,12 +59,12 @@ class Engine:
         self._vocab = base.vocabulary
         self._guide = Guide(scorers, base.eos_token_ids, base.device, self.clock, self._vocab)
         self.objectives = tuple(self._guide.objectives)
-        self._runner: ModelRunner | ServedRunner
+        self._runner: BaseRunner
         if isinstance(base, ServedModel):
             self._runner = ServedRunner(base, kv_tokens)
             max_sequences = min(max_sequences, base.server.concurrency)  # more would take each other's prefixes
         else:
-            self._runner = ModelRunner(base.model, linears, free, kv_tokens)
+            self._runner = LocalRunner(base.model, linears, free, kv_tokens)
         for scorer in scorers:
             scorer.limit(kv_tokens)
         self._scheduler = Scheduler(self._runner.cache.fits, max_sequences)
@@ -258,41 +256,20 @@ class Engine:
             with self.clock.part("prefill"):
                 self._prefill()
             self._begin_blocks()
-            sequences = [s for s in self._scheduler.running if s.ready]
-            if sequences and isinstance(self._runner, ServedRunner):
-                return self._advance_arrived(sequences, self._runner)
-            return self._advance(sequences) if sequences else []
+            with self.clock.part("base"):
+                arrival = self._runner.arrived([s for s in self._scheduler.running if s.ready])
+            for sequence, error in arrival.failed:
+                self._fail(sequence, error)
+            tokens = [token for each in arrival.drawn for token in self._take_all(*each)]
+            tokens += self._advance(arrival.ahead) if arrival.ahead else []
+            whole = [each for block in arrival.blocks for each in block.continuations]
+            return tokens + self._finish_blocks([*arrival.ahead, *whole])
 
-    def _advance_arrived(self, sequences: list[Sequence], runner: ServedRunner) -> list[Token]:
-        """Append what a server has told to those sequences that it has answered for."""
-        with self.clock.part("base"):
-            arrived, failed = runner.arrived([s for s in sequences if s.fork == 0])
-        for sequence, error in failed:
-            self._fail(sequence, error)
-        blocks = [s.block for s in arrived if s.block]
-        for block in blocks:
-            runner.fill(block)
-        tokens: list[Token] = []
-        single = []
-        for sequence in [s for s in arrived if not s.block]:
-            match runner.finished(sequence):
-                case None:
-                    single.append(sequence)
-                case Drawn() as drawn:
-                    sequence.response.append(drawn.token)
-                    sequence.cached += 1
-                    tokens.append(self._take_in(sequence, drawn))
-                case answer:
-                    tokens += self._take_whole(sequence, answer)
-        tokens += self._advance(single) if single else []
-        return tokens + self._finish_blocks([each for block in blocks for each in block.continuations])
-
-    def _take_whole(self, sequence: Sequence, answer: Answer) -> Iterator[Token]:
-        """Add all that is left of a response."""
-        for place, (token, logprob) in enumerate(zip(answer.tokens, answer.logprobs, strict=True), 1):
-            sequence.response.append(token)
-            ends = answer.reason if place == len(answer.tokens) else None
-            yield self._take_in(sequence, Drawn(token, logprob, logprob, 0.0), ends=ends)
+    def _take_all(self, sequence: Sequence, drawn: list[Drawn], reason: str | None) -> Iterator[Token]:
+        """Append tokens that were drawn elsewhere, and end the response where it ends. reason: why, after the last."""
+        for place, each in enumerate(drawn, 1):
+            sequence.response.append(each.token)
+            yield self._take_in(sequence, each, ends=reason if place == len(drawn) else None)
             if sequence not in self._scheduler.running:
                 return
 
@@ -305,31 +282,29 @@ class Engine:
     def _advance(self, sequences: list[Sequence]) -> list[Token]:
         """Append one token to each of these."""
         with self.clock.part("base"):
-            logits_BV = self._run_base(sequences)
+            logits_BV = self._runner.logits(sequences)
         with self.clock.part("combine"):
             knobs = [s.request.sampling for s in sequences]
-            if isinstance(self._runner, ServedRunner):
-                self._runner.cut(logits_BV, knobs)
             base_BV = policy(logits_BV, knobs)
             guided_BV = self._guide(sequences, base_BV)
         with self.clock.part("sample"):
-            if isinstance(self._runner, ServedRunner):
-                guided_BV = self._runner.certain(guided_BV, knobs)
+            guided_BV = self._runner.certain(guided_BV, knobs)
             drawn, told = draw(sequences, base_BV, guided_BV, self._guide.about)
             scores = self._guide.scores(sequences, told)
-            settled = self._runner.settle(sequences, drawn) if isinstance(self._runner, ServedRunner) else drawn
+            settled = self._runner.settle(sequences, drawn)
         tokens = []
         for b, (sequence, each) in enumerate(zip(sequences, settled, strict=True)):
+            sequence.completion.base_positions += 1
             if each is None:  # its token comes with a later step
-                sequence.cached -= 1
                 continue
+            sequence.cached += 1
             sequence.response.append(each.token)
             if sequence.block is None:
                 tokens.append(self._take_in(sequence, each, scores.get(b)))
             else:
                 sequence.pending.append(each)
                 sequence.resting = self._has_its_share(sequence, each.token)
-        return tokens + self._finish_blocks(sequences)
+        return tokens
 
     def _preempt(self) -> None:
         """Send the youngest sequences back to wait, until the others have room for a step."""
@@ -365,7 +340,7 @@ class Engine:
             if not chunks:
                 return
             tokens = {s: s.tokens(s.cached, s.cached + size) for s, size in chunks}
-            self._runner.extend([s.owner for s in tokens], list(tokens.values()))
+            self._runner.read([s.owner for s in tokens], list(tokens.values()))
             for scorer in self._scorers:
                 wanted = [s for s in tokens if scorer in self._guide.scorers_of(s.request)]
                 if wanted:
@@ -385,14 +360,6 @@ class Engine:
         for scorer in self._guide.scorers_of(target.request):
             scorer.share(source.owner, target.owner, length)
             target.read[scorer.name] = length
-
-    def _run_base(self, sequences: list[Sequence]) -> Tensor:
-        """The base model's logits of every sequence's next token: [B, V]."""
-        logits_BV = self._runner.extend([s.owner for s in sequences], [[s.last_token] for s in sequences], logits=True)
-        for sequence in sequences:
-            sequence.cached += 1
-            sequence.completion.base_positions += 1
-        return logits_BV
 
     def _take_in(
         self, sequence: Sequence, drawn: Drawn, scores: dict[str, Score] | None = None, ends: str | None = None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vas.decoding.base_runner import Arrival
 from vas.decoding.blocks import Block
 from vas.decoding.cache import allocated
 from vas.decoding.sampler import fork
@@ -77,67 +78,68 @@ class ServedRunner:
         self._half: dict[Hashable, Drawn] = {}
         """What was drawn where the server has not told the token yet."""
 
-    def arrived(self, sequences: Sequence[Running]) -> tuple[list[Running], list[tuple[Running, Exception]]]:
-        """Those of the sequences whose answers are there, and those whose calls failed: VasError, or Rejected.
+    def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
+        """Nothing: the server reads prompts."""
 
-        All of them are asked for. For blocks these are the first continuations alone. Waits a little if there is none.
-        """
+    def arrived(self, sequences: Sequence[Running]) -> Arrival:
+        """What the server has answered; all are asked for, blocks as one. Waits a little if there is no answer."""
         calls = self.cache.of
+        sequences = [sequence for sequence in sequences if sequence.fork == 0]
         for sequence in sequences:
             if sequence.owner not in calls:
                 calls[sequence.owner] = self._ask(sequence)
         waiting = {future for sequence in sequences for future in calls[sequence.owner] if not future.done()}
         if waiting and not any(_done(calls[sequence.owner]) for sequence in sequences):
             wait(waiting, PATIENCE, FIRST_COMPLETED)
-        good: list[Running] = []
-        failed: list[tuple[Running, Exception]] = []
+        arrival = Arrival()
         for sequence in sequences:
             if not _done(calls[sequence.owner]):
                 continue
             errors = [future.exception() for future in calls[sequence.owner]]
             error = next((each for each in errors if isinstance(each, Exception)), None)
-            if error is None:
-                good.append(sequence)
+            if error is not None:
+                arrival.failed.append((sequence, error))
+            elif sequence.block is not None:
+                self._fill(sequence.block)
+                arrival.blocks.append(sequence.block)
+            elif isinstance(calls[sequence.owner][0].result(), Ahead):
+                arrival.ahead.append(sequence)
             else:
-                failed.append((sequence, error))
-        return good, failed
+                arrival.drawn.append((sequence, *self._drawn(sequence)))
+        return arrival
 
-    def extend(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]], logits: bool = False) -> Tensor:
-        """log π0 of what follows sequences whose answers are there: [B, V + 1]; nothing to do for prompts."""
-        if not logits:
-            return torch.empty(0)
-        told = [self.cache.of.pop(owner)[0].result() for owner in owners]
-        self._ahead |= zip(owners, told, strict=True)
-        return logprobs(told, self._model.vocabulary)
-
-    def fill(self, block: Block) -> None:
+    def _fill(self, block: Block) -> None:
         """Give the continuations of a block, whose answer is there, their tokens."""
         trunk = block.continuations[0]
         answers = [answer for call in self.cache.of.pop(trunk.owner) for answer in call.result()]
         for each, answer in zip(block.continuations, answers, strict=True):
             each.response += answer.tokens
-            each.pending = [
-                Drawn(token, logprob, logprob, 0.0)
-                for token, logprob in zip(answer.tokens, answer.logprobs, strict=True)
-            ]
+            each.pending = _tokens(answer)
             each.cached, each.resting = len(each) - 1, True
             each.completion.base_positions += len(answer.tokens)
 
-    def finished(self, sequence: Running) -> Answer | Drawn | None:
-        """The rest of a response that came in one call, or the token that the server has drawn; else None."""
-        [call] = self.cache.of[sequence.owner]
+    def _drawn(self, sequence: Running) -> tuple[list[Drawn], str | None]:
+        """The rest of a response that came in one call, and why it ends; or the token that the server has drawn."""
+        [call] = self.cache.of.pop(sequence.owner)
         found = call.result()
-        if isinstance(found, Ahead):
-            return None
-        del self.cache.of[sequence.owner]
         if (half := self._half.pop(sequence.owner, None)) is not None:
             token, logprob = found
             guided = half.guided_logprob - half.logprob + logprob  # what no value model has looked at keeps its odds
-            return half._replace(token=token, logprob=logprob, guided_logprob=guided)
+            sequence.cached += 1
+            return [half._replace(token=token, logprob=logprob, guided_logprob=guided)], None
         sequence.completion.base_positions += len(found[0].tokens)
-        return found[0]
+        return _tokens(found[0]), found[0].reason
 
-    def cut(self, logprobs_BV: Tensor, knobs: Sequence[SamplingParams]) -> None:
+    def logits(self, sequences: Sequence[Running]) -> Tensor:
+        """log π0 of what follows sequences whose answers are there: [B, V + 1]."""
+        owners = [sequence.owner for sequence in sequences]
+        told = [self.cache.of.pop(owner)[0].result() for owner in owners]
+        self._ahead |= zip(owners, told, strict=True)
+        logprobs_BV = logprobs(told, self._model.vocabulary)
+        self._cut(logprobs_BV, [sequence.request.sampling for sequence in sequences])
+        return logprobs_BV
+
+    def _cut(self, logprobs_BV: Tensor, knobs: Sequence[SamplingParams]) -> None:
         """Leave out what the server has not told where its mass says nothing: at other temperatures, or truncated."""
         for row, knob in zip(logprobs_BV, knobs, strict=True):
             if not self._model.forbids or knob.temperature not in (0, 1) or knob.top_k or knob.top_p < 1 or knob.min_p:
@@ -194,6 +196,11 @@ def logprobs(told: Sequence[Ahead], vocabulary: int) -> Tensor:
         row[list(ahead.tokens)] = torch.tensor(ahead.logprobs)
         row[-1] = ahead.rest
     return found
+
+
+def _tokens(answer: Answer) -> list[Drawn]:
+    """Tokens that the server has sampled from π0."""
+    return [Drawn(token, at, at, 0.0) for token, at in zip(answer.tokens, answer.logprobs, strict=True)]
 
 
 def _prefix(sequence: Running) -> Prefix:

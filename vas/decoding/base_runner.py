@@ -1,0 +1,94 @@
+"""What the engine asks of the base model, the same whether its weights are here or a server has it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from vas.decoding.blocks import Block
+from vas.decoding.runner import ModelRunner
+from vas.decoding.sequence import Drawn, SamplingParams
+from vas.decoding.sequence import Sequence as Running
+
+
+@dataclass(slots=True)
+class Arrival:
+    """What there is to go on with at a step; sequences that are in none of these wait."""
+
+    ahead: list[Running] = field(default_factory=list)
+    """Sequences whose next token's log-probs can be asked for."""
+    drawn: list[tuple[Running, list[Drawn], str | None]] = field(default_factory=list)
+    """Sequences with tokens that have been drawn elsewhere, and why they end with them, if they do."""
+    blocks: list[Block] = field(default_factory=list)
+    """Blocks that have got all of their continuations' tokens at once."""
+    failed: list[tuple[Running, Exception]] = field(default_factory=list)
+    """Sequences that cannot go on: VasError, or Rejected."""
+
+
+class Room(Protocol):
+    """The rows of the sequences, as `KVCache` has them."""
+
+    limit: int | None
+
+    def fits(self, rows: int, width: int) -> bool: ...
+    def allocated(self, rows: int, width: int) -> int: ...
+    def add(self, owner: Hashable) -> None: ...
+    def copy(self, source: Hashable, target: Hashable, length: int) -> None: ...
+    def free(self, owner: Hashable) -> None: ...
+    def memory(self) -> int: ...
+
+
+class BaseRunner(Protocol):
+    """A base model that can run sequences."""
+
+    @property
+    def cache(self) -> Room:
+        """Where its sequences are."""
+        ...
+
+    def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
+        """Append tokens of prompts to sequences."""
+        ...
+
+    def arrived(self, sequences: Sequence[Running]) -> Arrival:
+        """What there is of these sequences, which are all ready for a token."""
+        ...
+
+    def logits(self, sequences: Sequence[Running]) -> Tensor:
+        """Of each one's next token, after its last: [B, V], with a column more for tokens that are not told apart."""
+        ...
+
+    def certain(self, guided_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
+        """log π in which greedy requests find only tokens that are told apart."""
+        ...
+
+    def settle(self, sequences: Sequence[Running], drawn: Sequence[Drawn]) -> Sequence[Drawn | None]:
+        """What was drawn; None where that is yet to be told, as a token that arrives `drawn` at a later step."""
+        ...
+
+
+class LocalRunner(ModelRunner):
+    """A base model with its weights here: whatever is ready can go on at once."""
+
+    def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
+        """Run tokens of prompts for their KV."""
+        self.extend(owners, tokens)
+
+    def arrived(self, sequences: Sequence[Running]) -> Arrival:
+        """All of them."""
+        return Arrival(list(sequences))
+
+    def logits(self, sequences: Sequence[Running]) -> Tensor:
+        """One pass over each one's last token: [B, V]."""
+        return self.extend([s.owner for s in sequences], [[s.last_token] for s in sequences], logits=True)
+
+    def certain(self, guided_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
+        """All tokens are told apart."""
+        return guided_BV
+
+    def settle(self, sequences: Sequence[Running], drawn: Sequence[Drawn]) -> Sequence[Drawn | None]:
+        """What was drawn."""
+        return drawn
