@@ -87,10 +87,11 @@ def test_guided_policy_against_its_definition():
     values = torch.randn(*tokens.shape, 2, generator=generator)
     strengths = rows([1.5, -0.5], [0.0, 2.0])
     at = logprobs.gather(1, tokens)
-    guided = g.combine(logprobs, tokens, valid, g.advantages(values, at, valid), strengths)
-    dropped = g.combine(
-        logprobs, tokens, valid, g.advantages(values, at, valid), strengths, torch.tensor([True, False])
-    )
+    advantages = g.advantages(values, at, valid)
+    guided = g.combine(logprobs, tokens, valid, advantages, strengths)
+    dropped = g.combine(logprobs, tokens, valid, advantages, strengths, torch.tensor([True, False]))
+    tilts = g.tilts(advantages, strengths, valid)
+    kls = {policy: g.kl_divergence(policy, logprobs, tokens, valid, tilts) for policy in (guided, dropped)}
     for b in range(2):
         weights = {}
         kept = [i for i in range(tokens.shape[1]) if valid[b, i]]
@@ -109,8 +110,16 @@ def test_guided_policy_against_its_definition():
             total = sum(weights[t] for t in only)
             expected = rows([weights[t] / total if t in only else 0.0 for t in range(9)])[0]
         torch.testing.assert_close(dropped[b].exp(), expected, rtol=1e-4, atol=1e-6)
-        ratio = guided[b].double().exp() * (guided[b] - logprobs[b]).double()
-        assert g.kl_divergence(guided, logprobs)[b].item() == pytest.approx(ratio.sum().item(), abs=1e-5)
+        for policy, kl_B in kls.items():
+            kept_V = policy[b].isfinite()
+            ratio = policy[b].double().exp() * (policy[b] - logprobs[b]).double()
+            assert kl_B[b].item() == pytest.approx(ratio[kept_V].sum().item(), abs=1e-5)
+
+
+def test_without_candidates_there_is_no_divergence():
+    logprobs = torch.full((1, 4), math.log(0.25))
+    tokens, valid = torch.tensor([[1, 2]]), torch.zeros(1, 2, dtype=torch.bool)
+    assert g.kl_divergence(logprobs, logprobs, tokens, valid, torch.zeros(1, 2)).tolist() == [0.0]
 
 
 def test_zero_strength_is_the_base_policy_and_a_negative_one_inverts():

@@ -105,6 +105,11 @@ def advantages(values_BKJ: Tensor, logprobs_BK: Tensor, valid_BK: Tensor, mean_B
     return (known_BKJ - baseline_B1J).masked_fill(invalid_BK[:, :, None], 0.0)
 
 
+def tilts(advantages_BKJ: Tensor, strengths_BJ: Tensor, valid_BK: Tensor) -> Tensor:
+    """Σ_j β_j·A_j of each candidate, 0 for one that does not count. Returns [B, K]."""
+    return (advantages_BKJ * strengths_BJ[:, None]).sum(-1).masked_fill(~valid_BK, 0.0)
+
+
 def combine(
     logprobs_BV: Tensor,
     candidates_BK: Tensor,
@@ -118,7 +123,7 @@ def combine(
     Tokens outside the candidates have A = 0, or are dropped in the rows that `drop_B` marks.
     The decoding rule of arXiv:2405.06639, with a β for each objective.
     """
-    tilt_BK = (advantages_BKJ * strengths_BJ[:, None]).sum(-1).masked_fill(~valid_BK, 0.0)
+    tilt_BK = tilts(advantages_BKJ, strengths_BJ, valid_BK)
     if drop_B is not None and bool(drop_B.any()):
         drop_B = drop_B.to(logprobs_BV.device, non_blocking=True)
         times_BV = torch.zeros_like(logprobs_BV).scatter_add_(1, candidates_BK, valid_BK.to(logprobs_BV))
@@ -132,10 +137,19 @@ def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def kl_divergence(guided_BV: Tensor, base_BV: Tensor) -> Tensor:
-    """Exact KL(π‖π0) of one step in nats, over the tokens that π keeps. Returns [B]."""
-    # where π has 0 this is not a number: 0 times infinity
-    return (guided_BV - base_BV).mul_(guided_BV.exp()).nan_to_num_(0.0).sum(-1)
+def kl_divergence(
+    guided_BV: Tensor, base_BV: Tensor, candidates_BK: Tensor, valid_BK: Tensor, tilt_BK: Tensor
+) -> Tensor:
+    """Exact KL(π‖π0) of one step in nats: Σ_a π(a)·tilt(a) − log Z, where π(a) = π0(a)·exp(tilt(a)) / Z. Returns [B].
+
+    guided_BV: what `combine` makes of the candidates' tilts. Outside of them the tilt is 0, or π is, so that the
+    vocabulary need not be read.
+    """
+    guided_BK, base_BK = guided_BV.gather(1, candidates_BK), base_BV.gather(1, candidates_BK)
+    guided_BK = guided_BK.masked_fill(~valid_BK, NEVER)
+    log_z_BK = base_BK + tilt_BK - guided_BK  # the same for all that count; the likeliest is the most exact
+    log_z_B = log_z_BK.gather(1, guided_BK.argmax(-1, keepdim=True)).squeeze(1)
+    return torch.where(valid_BK.any(-1), (guided_BK.exp() * tilt_BK).sum(-1) - log_z_B, 0.0)
 
 
 def entropy(logprobs_BV: Tensor) -> Tensor:

@@ -286,10 +286,10 @@ class Engine:
         with self.clock.part("combine"):
             knobs = [s.request.sampling for s in sequences]
             base_BV = policy(logits_BV, knobs)
-            guided_BV = self._guide(sequences, base_BV)
+            guided_BV, kl_B = self._guide(sequences, base_BV)
         with self.clock.part("sample"):
             guided_BV = self._runner.certain(guided_BV, knobs)
-            drawn, told = draw(sequences, base_BV, guided_BV, self._guide.about)
+            drawn, told = draw(sequences, base_BV, guided_BV, kl_B, self._guide.about)
             scores = self._guide.scores(sequences, told)
             settled = self._runner.settle(sequences, drawn)
         tokens = []

@@ -56,12 +56,13 @@ class Guide:
         """The scorers that a request's objectives need."""
         return [scorer for scorer in self._scorers if not request.guidance.active.isdisjoint(scorer.objectives)]
 
-    def __call__(self, sequences: Many[Sequence], base_BV: Tensor) -> Tensor:
-        """log π of every sequence's next token [B, V]; the rows without guidance are π0's."""
+    def __call__(self, sequences: Many[Sequence], base_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """log π of every sequence's next token [B, V], and KL(π‖π0) [B]; the rows without guidance are π0's."""
         rows = self.wanted(sequences, base_BV)
         self._last = None
+        kl_B = base_BV.new_zeros(len(base_BV))
         if not rows:
-            return base_BV
+            return base_BV, kl_B
         every = len(rows) == len(sequences)
         device = base_BV.device
         policy = _some(base_BV, rows)
@@ -77,10 +78,14 @@ class Guide:
         self._last = rows, tokens, valid, values, advantage
         drop = torch.tensor([p.outside == "drop" for p in params])
         result = guidance.combine(policy, tokens, valid, advantage, strengths, drop)
+        kl_R = guidance.kl_divergence(result, policy, tokens, valid, guidance.tilts(advantage, strengths, valid))
         for b in rows:
             lost = self._lost.get(b, set())
             sequences[b].completion.guided_steps += not sequences[b].request.guidance.active <= lost
-        return result if every else base_BV.index_copy(0, upload(rows, device), result)
+        if every:
+            return result, kl_R
+        rows_R = upload(rows, device)
+        return base_BV.index_copy(0, rows_R, result), kl_B.index_copy(0, rows_R, kl_R)
 
     def about(self, chosen_B: Tensor) -> Tensor:
         """What the value models say of the tokens drawn after the last call, for `scores`: [B, X]."""

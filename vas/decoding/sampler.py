@@ -44,9 +44,9 @@ def policy(logits_BV: Tensor, knobs: Many[SamplingParams]) -> Tensor:
 
 
 def draw(
-    sequences: Many[Sequence], base_BV: Tensor, guided_BV: Tensor, about: Callable[[Tensor], Tensor]
+    sequences: Many[Sequence], base_BV: Tensor, guided_BV: Tensor, kl_B: Tensor, about: Callable[[Tensor], Tensor]
 ) -> tuple[list[Drawn], list[list[float]]]:
-    """The next token of every sequence, with its log π0 and log π, and the step's KL.
+    """The next token of every sequence, with its log π0 and log π, and KL(π‖π0) of the step.
 
     about: finds more figures [B, X] of the tokens drawn [B]. They are returned beside them, so that a GPU is
     waited for once.
@@ -57,8 +57,6 @@ def draw(
     # continuations of a greedy request are sampled all the same, and the best of them is taken
     greedy = torch.tensor([k.temperature == 0 and s.block is None for k, s in zip(knobs, sequences, strict=True)])
     chosen_B = sample(guided_BV, upload(noise, device), greedy)
-    guided = guided_BV is not base_BV
-    kl_B = guidance.kl_divergence(guided_BV, base_BV) if guided else torch.zeros_like(base_BV[:, 0])
     chosen_B1 = chosen_B[:, None]
     taken = [each.gather(1, chosen_B1) for each in (base_BV, guided_BV)]
     token_B1 = chosen_B1.to(base_BV)  # exact: there are fewer tokens than float32 has whole numbers
