@@ -18,10 +18,10 @@ test: $(VENV)/installed  ## All tests; those that start clusters wait a lot, so 
 	$(MAKE) --jobs=2 --keep-going --no-print-directory tests-with-ray tests-without
 
 # with a cluster, but after the tests without, which are done sooner
-IN_THE_END = tests/cluster/test_api_base.py
+IN_THE_END = $(addprefix tests/cluster/,test_api_base.py test_training_options.py test_workers.py)
 
 tests-with-ray: $(VENV)/installed
-	$(BIN)/python -m pytest tests/cluster --ignore=$(IN_THE_END) -o cache_dir=.pytest_cache/cluster
+	$(BIN)/python -m pytest tests/cluster $(addprefix --ignore=,$(IN_THE_END)) -o cache_dir=.pytest_cache/cluster
 
 tests-without: $(VENV)/installed
 	nice -n 5 $(BIN)/python -m pytest --ignore=tests/cluster

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 
 from vas.config import Resources
 from vas.configfile import override, read_config
@@ -64,7 +65,8 @@ def _start(settled: Settled, target: str, host: str, port: int) -> None:
             serve.run(app, name=NAME, route_prefix="/")
         except RuntimeError:
             raise VasError(f"the models did not start: {_reason()}", target, "mend it, and try again") from None
-    _greet(settled, host, port)
+    listening = _get_global_client().http_config  # where it did before, if Serve was up already
+    _greet(settled, listening.host or host, listening.port)
 
 
 def _content(target: str, overrides: list[str]) -> dict[str, Any]:

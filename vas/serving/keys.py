@@ -102,11 +102,15 @@ class Caller:
         if self._key is None or self._key.objectives is None or strength == 0:
             return
         param = f"guidance.objectives.{objective}"
-        if objective not in self._key.objectives:
-            raise ApiError(403, f"this key may not use the objective '{objective}'", param, "objective_not_allowed")
+        self.check_use(objective, param)
         low, high = self._key.objectives[objective]
         if not low <= strength <= high:
             raise ApiError(403, f"this key may use strengths of '{objective}' in [{low:g}, {high:g}]", param)
+
+    def check_use(self, objective: str, param: str) -> None:
+        """Raise ApiError unless the key may ask for an objective. param: where the request names it."""
+        if not self.may_use(objective):
+            raise ApiError(403, f"this key may not use the objective '{objective}'", param, "objective_not_allowed")
 
     def may_use(self, objective: str) -> bool:
         """Whether the key may ask for values of an objective."""

@@ -116,9 +116,7 @@ class Served:
         for name in body.objectives:
             if name not in self.objectives:
                 raise ApiError(400, f"there is no objective '{name}'", "objectives", "unknown_objective")
-            if not caller.may_use(name):
-                message = f"this key may not use the objective '{name}'"
-                raise ApiError(403, message, "objectives", "objective_not_allowed")
+            caller.check_use(name, "objectives")
         return body.objectives
 
     def column(self, name: str) -> int:
