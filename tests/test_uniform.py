@@ -115,6 +115,52 @@ def test_a_cache_grows_by_doubling_where_each_shape_is_recorded():
     assert cache.batch == 32
 
 
+def test_what_is_no_number_does_not_reach_the_next_owner_of_a_row():
+    base, models, _ = guided_setup("llama")
+    engine = Engine(base, scorers_of(models))
+    first, second = (request(name, prompts(7)[0], BOTH, seed=3) for name in ("first", "second"))
+    expected = engine.generate([first])[0]
+    for cache in (engine._runner.cache, engine._scorers[0]._runner.cache):
+        assert cache.aside
+        cache.add("broken")
+        with torch.inference_mode():
+            for layer in cache._layers:
+                layer[:, cache.row_of["broken"]] = float("nan")
+        cache.lengths["broken"] = cache.keys[0].shape[2]
+        cache.free("broken")
+    assert engine.generate([second])[0].token_ids == expected.token_ids
+
+
+def test_growth_that_fails_midway_leaves_a_cache_that_works(monkeypatch):
+    cache, states = KVCache(torch.device("cpu")), torch.ones(1, 2, 1, 4)
+    cache.add("a")
+    cache.grow(10)
+    for layer in range(3):
+        cache.write(layer, torch.tensor([0]), torch.tensor([9]), states)
+    monkeypatch.setattr(cache, "_layers", [cache._layers[0], _Full(cache._layers[1]), cache._layers[2]])
+    with pytest.raises(MemoryError):
+        cache.grow(COLUMNS + 1)
+    cache._layers[1] = cache._layers[1].layer
+    cache.grow(COLUMNS + 1)
+    for layer in range(3):
+        cache.write(layer, torch.tensor([0]), torch.tensor([COLUMNS]), states)
+        keys, _ = cache.read(layer, slice(0, 1), COLUMNS + 1)
+        assert keys.sum(-1).flatten().nonzero().flatten().tolist() == [9, COLUMNS]
+
+
+class _Full:
+    """A layer for whose growth there is no memory."""
+
+    def __init__(self, layer: torch.Tensor) -> None:
+        self.layer, self.shape = layer, layer.shape
+
+    def __getitem__(self, place: object) -> torch.Tensor:
+        return self.layer[place]
+
+    def new_zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        raise MemoryError
+
+
 def test_without_a_gpu_nothing_is_recorded():
     graphs = Graphs(torch.device("cpu"))
     for number in range(6):

@@ -49,6 +49,10 @@ class BaseRunner(Protocol):
         """Where its sequences are."""
         ...
 
+    def spare(self) -> None:
+        """Let go of memory that only makes steps faster."""
+        ...
+
     def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
         """Append tokens of prompts to sequences."""
         ...

@@ -75,7 +75,9 @@ class KVCache:
             self._copy(last, row, self.lengths[mover])
             self._clear(row, self.lengths[mover], length)
             length = self.lengths[mover]
-        self._clear(last, 0, length)
+            if self.aside:
+                self._clear(row, -self.aside, 0)
+        self._clear(last, -self.aside, length)
 
     @torch.inference_mode()
     def copy(self, source: Hashable, target: Hashable, length: int) -> None:
@@ -91,7 +93,10 @@ class KVCache:
             own[:, target] = own[:, source]
 
     def _clear(self, row: int, start: int, stop: int) -> None:
-        """Forget a freed row's tokens: one that is not a number would reach the next owner through any mask."""
+        """Forget a freed row's columns: one that is not a number would reach the next owner through any mask.
+
+        start: negative for those that are aside.
+        """
         for layer in self._layers:
             layer[:, row, :, self.aside + start : self.aside + stop] = 0
 
@@ -141,13 +146,15 @@ class KVCache:
             # give up what an earlier, other shape left over
             shape = _rows(rows, doubling), _columns(max(width, *self.lengths.values()), doubling)
             assert shape[0] * shape[1] <= self.limit, "fits() comes before a row or a column more"
-        self._shape = shape
         self.grown += 1
         for i, layer in enumerate(self._layers):
+            # should memory run out meanwhile, no layer has less room than it says
+            self._shape = min(shape[0], self._shape[0]), min(shape[1], self._shape[1])
             held = layer[:, : shape[0], :, : self.aside + shape[1]]
             grown = layer.new_zeros((2, shape[0], layer.shape[2], self.aside + shape[1], layer.shape[4]))
             grown[:, : held.shape[1], :, : held.shape[3]] = held
             self._layers[i] = grown
+        self._shape = shape
 
 
 def allocated(rows: int, width: int, doubling: bool = False) -> int:

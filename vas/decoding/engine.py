@@ -16,7 +16,7 @@ from vas.decoding.detokenizer import Detokenizer
 from vas.decoding.guide import Guide
 from vas.decoding.sampler import draw, policy
 from vas.decoding.scheduler import Scheduler
-from vas.decoding.scorer import Scorer
+from vas.decoding.scorer import InProcess, Scorer
 from vas.decoding.sequence import Completion, Drawn, Request, Score, Sequence, Token
 from vas.decoding.served import ServedRunner
 from vas.errors import Rejected, VasError, nearest
@@ -33,9 +33,10 @@ class Engine:
     max_sequences: how many requests are decoded at once; more wait. With a base model that is only called, no more than
     the calls that it may be asked at once.
     kv_tokens: tokens that the KV cache of the base model may hold, and that of each value model, counted
-    as allocated (1, 2, 4 or 8 sequences or more in steps of 8, times the longest one in steps of 64). When
-    they grow out of it, the youngest sequence waits, and later goes on with the tokens it would have had.
-    None for no limit. Beside the cache, a value model holds the KV of the last step's candidates.
+    as allocated (1, 2, 4 or 8 sequences or more in steps of 8, times the longest one in steps of 64; on a GPU both
+    double, lengths from 128 to 1,024, and each sequence takes 64 more places beside the limit). When they grow
+    out of it, the youngest sequence waits, and later goes on with the tokens it would have had. None for no limit.
+    Beside the cache, a value model holds the KV of the last step's candidates.
     prefill_tokens: how many tokens of prompts are read between two decoding steps.
     linears: how the base model's linear layers compute on a CPU, see `linears.py`. free: use up the base
     model's own weights instead of keeping them beside the engine's; only the engine can use it then.
@@ -228,6 +229,13 @@ class Engine:
     def kv_bytes(self) -> int:
         """Bytes that the KV caches of base and value models hold."""
         return self._runner.cache.memory() + sum(scorer.kv_bytes for scorer in self._scorers)
+
+    def spare(self) -> None:
+        """Let go of memory that only makes steps faster, where it is short."""
+        self._runner.spare()
+        for scorer in self._scorers:
+            if isinstance(scorer, InProcess):
+                scorer.spare()
 
     @torch.inference_mode()
     def step(self) -> list[Token]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from vas.decoding import switches
 
 AFTER = 3  # times that work is done as it is before it is recorded: which costs as much as a few times more
+MOST = 64  # recordings at once; each holds its output
 
 Work = Callable[..., Tensor]
 
@@ -35,19 +36,24 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._recording = device.type == "cuda" and not switches.off("cuda_graphs")
-        self._pool = torch.cuda.graph_pool_handle() if self._recording else None
+        # of its own, for the libraries' working memory goes by streams, and goes with the recordings of one
+        self._stream = torch.cuda.Stream(device) if self._recording else None
+        self._pool: Any = None
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self._met: Counter[Hashable] = Counter()
 
     def forget(self) -> None:
-        """Nothing recorded holds any longer: memory that it reads or writes has moved."""
+        """Let go of all recordings: what they read or write has moved, or memory is short."""
         self._recorded.clear()
+        self._pool = None  # with nothing recorded in it a pool is of no more use
 
     def __call__(self, key: Hashable, work: Work, *inputs: Tensor) -> Tensor:
         """work(*inputs), with the inputs on the device. It must not wait for the device."""
         if self._recording and key not in self._recorded:
             self._met[key] += 1
             if self._met[key] > AFTER:
+                if len(self._recorded) == MOST:
+                    self.forget()
                 self._recorded[key] = self._record(work, inputs)
         if key not in self._recorded:
             return work(*(upload(each, self._device) for each in inputs))
@@ -58,9 +64,11 @@ class Graphs:
         return output
 
     def _record(self, work: Work, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        held = [upload(each, self._device).clone() for each in inputs]
-        graph = torch.cuda.CUDAGraph()
-        # other threads may use the GPU meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = work(*held)
+        held = [each.to(self._device, copy=True) for each in inputs]
+        with torch.cuda.device(self._device):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            # other threads may use the GPU meanwhile
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                output = work(*held)
         return graph, held, output

@@ -197,6 +197,7 @@ class Loop:
             self._allow(engine, self._most)
         if memory:
             error.__traceback__ = None  # its frames hold tensors
+            engine.spare()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

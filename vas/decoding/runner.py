@@ -94,6 +94,11 @@ class ModelRunner:
         self.uniform = Uniform(fused, self.cache) if fused and recurring else None
         """For steps whose shapes recur, where it pays to run them so."""
 
+    def spare(self) -> None:
+        """Let go of what only makes passes faster."""
+        if self.uniform:
+            self.uniform.forget()
+
     @contextmanager
     def sequences(self, count: int) -> Iterator[range]:
         """So many fresh sequences for the time of the block, named by their numbers."""

@@ -3,7 +3,8 @@
 `ValueScorer` runs a value model in this process: all candidates of all sequences in one
 pass. They share the prefix's KV cache, see the prefix and themselves but not each other,
 and have the same position. The chosen candidate's KV stays as the next prefix, so no
-token is ever run twice. `VocabScorer` is for value models that score all tokens from the parent state.
+token is ever run twice (but on a GPU: see `uniform.py`). `VocabScorer` is for value models that score all tokens from
+the parent state.
 """
 
 from __future__ import annotations
@@ -130,6 +131,10 @@ class InProcess:
         """Hold at most so many tokens of KV."""
         self._runner.cache.limit = kv_tokens
 
+    def spare(self) -> None:
+        """Let go of memory that only makes steps faster."""
+        self._runner.spare()
+
     def fits(self, sequences: int, longest: int) -> bool:
         """Whether the KV of so many sequences of up to so many tokens stays within the limit."""
         return self._runner.cache.fits(sequences, longest)
@@ -213,11 +218,10 @@ class ValueScorer(InProcess):
     @torch.inference_mode()
     def answer(self, batch: ScoreBatch) -> Answer:
         """One tree-masked pass; see the module's text."""
+        uniform = self._runner.uniform
+        if uniform and uniform.fits(batch.taken, batch.candidates_BK.shape[1]):
+            return self._try_all(batch, uniform)
         missed = self._keep_taken(batch)
-        if uniform := self._runner.uniform:
-            again = [each or taken[-1:] for each, taken in zip(missed, batch.taken, strict=True)]
-            if uniform.fits(again, batch.candidates_BK.shape[1]):
-                return self._try_all(batch, missed, uniform)
         valid = batch.valid_BK.cpu().numpy()
         tokens = batch.candidates_BK.cpu().numpy()
         row, place = valid.nonzero()
@@ -234,14 +238,11 @@ class ValueScorer(InProcess):
         run = np.bincount(index, minlength=len(batch.sequences)) + [len(each) for each in missed]
         return values, run.tolist()
 
-    def _try_all(self, batch: ScoreBatch, missed: list[tuple[int, ...]], uniform: Uniform) -> Answer:
-        """The same in a pass that runs the last token of every sequence with its candidates, whichever it was."""
-        read = {}
-        for sequence, fresh, taken in zip(batch.sequences, missed, batch.taken, strict=True):
-            if taken and not fresh:
-                self._runner.cache.lengths[sequence] -= 1  # was kept as a candidate; its output is wanted once more
-            if taken:
-                read[sequence] = fresh or taken[-1:]
+    def _try_all(self, batch: ScoreBatch, uniform: Uniform) -> Answer:
+        """The same in a pass that runs the tokens that were taken, whether they were candidates or not."""
+        for sequence in batch.sequences:
+            self._offered.pop(sequence, None)
+        read = {sequence: taken for sequence, taken in zip(batch.sequences, batch.taken, strict=True) if taken}
         askers = [batch.sequences[b] for b in batch.rows]
         hidden_RKH = uniform.tries(list(read), list(read.values()), askers, batch.candidates_BK)
         values = self._values(self._model.outputs(hidden_RKH), batch.strengths_BJ[:, None], batch.soft_B[:, None])

@@ -78,6 +78,9 @@ class ServedRunner:
         self._half: dict[Hashable, Drawn] = {}
         """What was drawn where the server has not told the token yet."""
 
+    def spare(self) -> None:
+        """Nothing: the server has the model."""
+
     def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
         """Nothing: the server reads prompts."""
 

@@ -43,7 +43,7 @@ class UniformPass:
     def __init__(self, cache: KVCache, length_B: Tensor, count_B: Tensor, kept: int, tried: int, width: int) -> None:
         self._cache, self._rows, self._each, self._width = cache, len(length_B), kept + tried, width
         slot_S = torch.arange(self._each, device=length_B.device)
-        appended_BS = slot_S < count_B[:, None].clamp(max=kept)
+        appended_BS = slot_S < count_B[:, None]
         column_BS = length_B[:, None] + torch.minimum(slot_S, count_B[:, None])
         place_BS = torch.where(appended_BS, cache.aside + column_BS, slot_S)
         self.column_N = column_BS.flatten()
@@ -84,6 +84,10 @@ class Uniform:
         self._forward, self.cache = forward, cache
         self._graphs, self._grown = Graphs(cache.device), cache.grown
 
+    def forget(self) -> None:
+        """Let go of recordings, where memory is short."""
+        self._graphs.forget()
+
     def fits(self, tokens: Sequence[Sequence[int]], tried: int = 0) -> bool:
         """Whether sequences may append these tokens, and try so many candidates, in one pass."""
         most = max(map(len, tokens))
@@ -92,12 +96,12 @@ class Uniform:
     def append(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]], logits: bool) -> Tensor:
         """Append tokens to sequences; returns every token's output [N, ...], in the sequences' order."""
         output_BTX = self._run(owners, tokens, None, logits)
-        each = output_BTX.shape[1]
+        most = output_BTX.shape[1]
         counts, rows = np.array([len(each) for each in tokens]), self.cache.rows(owners)
-        if (counts == each).all() and _first(rows):
+        if (counts == most).all() and _first(rows):
             return output_BTX[: len(rows)].flatten(0, 1)
         place_N = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        return output_BTX.flatten(0, 1)[upload(rows.repeat(counts) * each + place_N, output_BTX.device)]
+        return output_BTX.flatten(0, 1)[upload(rows.repeat(counts) * most + place_N, output_BTX.device)]
 
     def tries(
         self,
