@@ -9,6 +9,7 @@ adaptive k, and vocab heads distilled from the value model (`vas value distill`;
 none). What a way keeps of full guidance's gain is said three times: at the same strength; against full
 guidance that goes as far from π0 as the way does (the same KL); and at the strength of its own that goes as
 far as full guidance does. Strengths between those measured are interpolated, none beyond them is guessed.
+--ways uncertain random measures the two halves of the steps alone.
 
 Then it times each, beside Hugging Face `generate` without guidance. --no-speed leaves that out; --speed-only
 adds it to the rewards that --json holds already. The run that docs/results.md quotes:
@@ -74,7 +75,8 @@ class Material:
 
     base: BaseModel
     value: ValueModel
-    vocab: ValueModel
+    vocab: ValueModel | None
+    """With vocab heads; None if no way needs them."""
     agreement: dict[str, dict[str, float]]
     """Of the vocab heads with the value model, as `vas.training.agreement` has it."""
     prompts: list[Prompt]
@@ -83,6 +85,8 @@ class Material:
     sampling: SamplingParams
     objective: str
     candidates: int
+    beginnings: tuple[str, ...] = ("",)
+    """Of the names of the ways to measure; beside them, full guidance always is."""
 
     def engine(self, value: ValueModel | None, batch: int, guide: type[Guide] = Guide) -> Engine:
         """An engine, guided if there is a value model."""
@@ -118,22 +122,24 @@ class Point:
     guided: float = 0.0
 
 
-def load(location: str, objective: str, candidates: int) -> Material:
-    """A run's material; distils vocab heads if it has none."""
+def load(location: str, objective: str, candidates: int, with_vocab: bool) -> Material:
+    """A run's material; distils vocab heads if they are wanted and it has none."""
     run = RunDirectory.open(location)
-    place = run.path("value", "vocab")
-    if not storage.exists(storage.join(place, "config.json")):
-        distill_run(location, "vocab")
-    history = json.loads(storage.read_bytes(storage.join(place, "training.json")))
     base = load_base(run.config.base)
-    value, vocab = (ValueModel.load(each, base.model.device) for each in (run.value, place))
+    value, vocab, agreement = ValueModel.load(run.value, base.model.device), None, {}
+    if with_vocab:
+        place = run.path("value", "vocab")
+        if not storage.exists(storage.join(place, "config.json")):
+            distill_run(location, "vocab")
+        history = json.loads(storage.read_bytes(storage.join(place, "training.json")))
+        vocab, agreement = ValueModel.load(place, base.model.device), history[best(history)]["unseen"]
     prompts = [prompt for prompt in load_prompts(run.config.prompts) if prompt.held_out]
     reward = load_rewards(run.config.rewards)[objective]
     return Material(
         base,
         value,
         vocab,
-        history[best(history)]["unseen"],
+        agreement,
         prompts,
         [tuple(encode_prompt(base.tokenizer, prompt)) for prompt in prompts],
         lambda of, responses: np.asarray(list(reward(of, responses)), dtype=float),
@@ -168,22 +174,24 @@ def median_entropy(material: Material, value: ValueModel, strength: float) -> fl
 def medians(material: Material, strength: float) -> dict[str, float]:
     """`median_entropy` for the value model and the vocab heads."""
     models = {"value": material.value, "vocab": material.vocab}
-    return {name: median_entropy(material, model, strength) for name, model in models.items()}
+    return {name: median_entropy(material, model, strength) for name, model in models.items() if model}
 
 
 def ways(material: Material, thresholds: dict[str, float]) -> list[Way]:
-    """All ways. thresholds: of entropy, for the value model and the vocab heads."""
+    """All ways that are measured. thresholds: of entropy, for the value model and the vocab heads."""
     value, vocab = material.value, material.vocab
-    return [
+    every = [
         Way(FULL, {}, value),
         Way(UNCERTAIN, {"schedule": f"entropy:{thresholds['value']}"}, value),
         Way(RANDOM, {}, value, RandomHalf),
         Way("k = 8", {"candidates": 8}, value),
         Way("adaptive k, 0.95", {"candidate_mass": 0.95}, value),
         Way("adaptive k, 0.97", {"candidate_mass": 0.97}, value),
-        Way("vocab head", {}, vocab),
-        Way("vocab head, uncertain half", {"schedule": f"entropy:{thresholds['vocab']}"}, vocab),
     ]
+    if vocab:
+        every.append(Way("vocab head", {}, vocab))
+        every.append(Way("vocab head, uncertain half", {"schedule": f"entropy:{thresholds['vocab']}"}, vocab))
+    return [way for way in every if way.name == FULL or way.name.startswith(material.beginnings)]
 
 
 def at_kl(curve: list[Point], kl: float) -> np.ndarray | None:
@@ -312,6 +320,7 @@ def main() -> None:
     parser.add_argument("--strengths", type=float, nargs="+", default=[3.0, 7.0, 12.0], help="βs (default: 3 7 12)")
     parser.add_argument("--at", type=float, default=7.0, help="the β that is timed (default: %(default)s)")
     parser.add_argument("--candidates", type=int, default=20, help="k of full guidance (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", default=[""], help="some ways, by how their names begin (default: all)")
     parser.add_argument("--samples", type=int, default=4, help="responses a prompt (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of timing (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the rows here, and a figure beside them")
@@ -323,7 +332,9 @@ def main() -> None:
     if options.speed_only and not options.json:
         parser.error("--speed-only needs --json, the file with the rewards")
     torch.set_num_threads(options.threads)
-    material = load(options.run, options.objective, options.candidates)
+    with_vocab = any(each.startswith("vocab") or not each for each in options.ways)
+    material = load(options.run, options.objective, options.candidates, with_vocab)
+    material = replace(material, beginnings=tuple(options.ways))
     if options.speed_only:
         rows = [Row(**row) for row in json.loads(options.json.read_text()) if not row["case"].startswith("batch ")]
     else:
