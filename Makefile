@@ -18,7 +18,7 @@ test: $(VENV)/installed  ## All tests; those that start clusters wait a lot, so 
 	$(MAKE) --jobs=2 --keep-going --no-print-directory tests-with-ray tests-without
 
 # with a cluster, but after the tests without, which are done sooner
-IN_THE_END = $(addprefix tests/cluster/,test_api_base.py test_training_options.py test_workers.py)
+IN_THE_END = $(addprefix tests/cluster/,test_api_base.py test_training_options.py)
 
 tests-with-ray: $(VENV)/installed
 	$(BIN)/python -m pytest tests/cluster $(addprefix --ignore=,$(IN_THE_END)) -o cache_dir=.pytest_cache/cluster

@@ -263,11 +263,10 @@ def memory(setting: Setting, many: int) -> list[Row]:
     while engine.busy:
         done += [engine.take(token.request_id) for token in engine.step() if token.finish_reason]
         most = max(most, engine.kv_bytes)
-    planned = 0
-    for cache in (engine._runner.cache, engine._scorers[0]._runner.cache):
-        planned += HELD * (width + cache.aside) * kv_bytes_per_token(cache)
-    if not cache.aside:  # then the candidates of a step lie beside the value model's cache
-        planned += HELD * 8 * kv_bytes_per_token(cache)
+    base, value = (runner.cache for runner in (engine._runner, engine._scorers[0]._runner))
+    planned = sum(HELD * (width + cache.aside) * kv_bytes_per_token(cache) for cache in (base, value))
+    if not value.aside:  # then the candidates of a step lie beside the value model's cache
+        planned += HELD * 8 * kv_bytes_per_token(value)
     sample = range(0, many, max(1, many // 25))
     alone = setting.engine(setting.value, 1)
     found = {each.request_id: each.token_ids for each in done}

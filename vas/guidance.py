@@ -78,8 +78,6 @@ def select_candidates(
         within &= (probs.cumsum(-1) - probs < mass_B[:, None]) | (mass_B >= 1)[:, None]
         widest = int(within.sum(-1).max())
         likeliest, within = likeliest[:, :widest], within[:, :widest]
-    if not len(always):
-        return likeliest, within & top.values[:, : likeliest.shape[1]].isfinite()
     extra = always.expand(len(logprobs_BV), -1)
     tokens = torch.cat([likeliest, extra], dim=1)
     already = ((extra[:, :, None] == likeliest[:, None, :]) & within[:, None, :]).any(-1)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from vas.decoding.cache import KVCache
+from vas.decoding.cache import KVCache, leading
 from vas.errors import VasError
 from vas.guidance import additive_mask
 
@@ -45,7 +45,7 @@ class Pass:
         self._cache, self._kept, self._total, self._batch = cache, kept, len(index), len(owners)
         self._width = int(max(column[:kept].max(initial=-1) + 1, column[kept:].max(initial=0)))
         rows = cache.rows(owners)
-        self._rows = slice(0, len(rows)) if (rows == np.arange(len(rows))).all() else torch.from_numpy(rows).to(device)
+        self._rows = slice(0, len(rows)) if leading(rows) else torch.from_numpy(rows).to(device)
         self._row_N = torch.from_numpy(rows[index[:kept]]).to(device)
         self.column_N = torch.from_numpy(column).to(device)
         self._kept_place_N = self.column_N[:kept] + cache.aside

@@ -128,8 +128,8 @@ class KVCache:
         return sum(layer.nbytes for layer in self._layers)
 
     def columns(self, width: int) -> int:
-        """Columns to read for the first `width`: few different numbers of them, within what there is."""
-        return min(_columns(width, self._doubling), self._shape[1])
+        """Columns to read for the first `width`, which have room: few different numbers of them."""
+        return _columns(width, self._doubling)
 
     @property
     def batch(self) -> int:
@@ -155,6 +155,11 @@ class KVCache:
             grown[:, : held.shape[1], :, : held.shape[3]] = held
             self._layers[i] = grown
         self._shape = shape
+
+
+def leading(rows: np.ndarray) -> bool:
+    """Whether these are a cache's first rows, in order: then a slice reads them."""
+    return bool((rows == np.arange(len(rows))).all())
 
 
 def allocated(rows: int, width: int, doubling: bool = False) -> int:

@@ -63,7 +63,6 @@ class Guide:
         kl_B = base_BV.new_zeros(len(base_BV))
         if not rows:
             return base_BV, kl_B
-        every = len(rows) == len(sequences)
         device = base_BV.device
         policy = _some(base_BV, rows)
         params = [sequences[b].request.guidance for b in rows]
@@ -82,24 +81,18 @@ class Guide:
         for b in rows:
             lost = self._lost.get(b, set())
             sequences[b].completion.guided_steps += not sequences[b].request.guidance.active <= lost
-        if every:
-            return result, kl_R
-        rows_R = upload(rows, device)
-        return base_BV.index_copy(0, rows_R, result), kl_B.index_copy(0, rows_R, kl_R)
+        return _with(base_BV, rows, result), _with(kl_B, rows, kl_R)
 
     def about(self, chosen_B: Tensor) -> Tensor:
         """What the value models say of the tokens drawn after the last call, for `scores`: [B, X]."""
         if self._last is None:
             return chosen_B.new_empty(len(chosen_B), 0)
         rows, tokens_RK, valid_RK, *figures = self._last
-        every = len(rows) == len(chosen_B)
         here_RK = (tokens_RK == _some(chosen_B, rows)[:, None]) & valid_RK
         scored_R1, place_R1 = here_RK.to(figures[0]).max(-1, keepdim=True)
         found = [each.gather(1, place_R1[..., None].expand(-1, -1, each.shape[2])).squeeze(1) for each in figures]
         told_RX = torch.cat([scored_R1, *found], dim=1)
-        if every:
-            return told_RX
-        return told_RX.new_zeros(len(chosen_B), told_RX.shape[1]).index_copy(0, upload(rows, told_RX.device), told_RX)
+        return _with(told_RX.new_zeros(len(chosen_B), told_RX.shape[1]), rows, told_RX)
 
     def scores(self, sequences: Many[Sequence], told: list[list[float]]) -> dict[int, dict[str, Score]]:
         """What `about` has found, for each row that was guided."""
@@ -183,10 +176,7 @@ class Guide:
                     scored, positions = missing.answer
                     for i in missing.lost:
                         self._lost.setdefault(rows[asking[i]], set()).update(scorer.objectives)
-                if scored.shape == values.shape:
-                    values = scored.to(values)
-                else:
-                    values[asking, :, own] = scored.to(values)
+                values[upload(asking, values.device), :, own] = scored.to(values)
                 for b, count in zip(users, positions, strict=True):
                     sequences[b].read[scorer.name] = len(sequences[b]) - unread
                     sequences[b].completion.scored(scorer.name, count)
@@ -214,3 +204,8 @@ class Guide:
 def _some(tensor: Tensor, rows: list[int]) -> Tensor:
     """Some rows of a tensor; all of them without a copy."""
     return tensor if len(rows) == len(tensor) else tensor[upload(rows, tensor.device)]
+
+
+def _with(tensor: Tensor, rows: list[int], other: Tensor) -> Tensor:
+    """A tensor with some rows of another in place of its own; the other one itself if these are all."""
+    return other if len(rows) == len(tensor) else tensor.index_copy(0, upload(rows, tensor.device), other)

@@ -89,9 +89,9 @@ class ModelRunner:
         kind = linears.settle(model, kind)
         fused = FusedLlama(model, kind, free) if llama.supports(model) else None
         self._forward = fused or HuggingFace(model, kind, free)
-        recurring = fused is not None and uniform.pays(model)
-        self.cache = KVCache(model.device, limit, uniform.ASIDE if recurring else 0)
-        self.uniform = Uniform(fused, self.cache) if fused and recurring else None
+        aside = uniform.ASIDE if fused and uniform.pays(model) else 0
+        self.cache = KVCache(model.device, limit, aside)
+        self.uniform = Uniform(fused, self.cache) if fused and aside else None
         """For steps whose shapes recur, where it pays to run them so."""
 
     def spare(self) -> None:

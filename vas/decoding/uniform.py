@@ -13,12 +13,11 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vas.decoding.attention import attend_grid
-from vas.decoding.cache import KVCache, power
+from vas.decoding.cache import KVCache, leading, power
 from vas.decoding.graphs import Graphs, upload
 from vas.decoding.llama import FusedLlama
 from vas.guidance import additive_mask
@@ -98,7 +97,7 @@ class Uniform:
         output_BTX = self._run(owners, tokens, None, logits)
         most = output_BTX.shape[1]
         counts, rows = np.array([len(each) for each in tokens]), self.cache.rows(owners)
-        if (counts == most).all() and _first(rows):
+        if (counts == most).all() and leading(rows):
             return output_BTX[: len(rows)].flatten(0, 1)
         place_N = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
         return output_BTX.flatten(0, 1)[upload(rows.repeat(counts) * most + place_N, output_BTX.device)]
@@ -113,15 +112,12 @@ class Uniform:
         """Append tokens to sequences, and try candidates after them in those that ask; their outputs [R, K, ...]."""
         asked, tried = candidates_RK.shape
         rows = self.cache.rows(askers)
-        missing = _padded(tried) - tried, self.cache.batch - asked
-        padded = F.pad(candidates_RK, (0, missing[0], 0, missing[1])) if any(missing) else candidates_RK
-        where_R = None if _first(rows) else upload(rows, candidates_RK.device)
-        if where_R is not None:
-            padded = torch.zeros_like(padded).index_copy_(0, where_R, padded[:asked])
-        output_BSX = self._run(owners, tokens, padded, False)
-        found = output_BSX[:asked] if where_R is None else output_BSX[where_R]
-        first = output_BSX.shape[1] - padded.shape[1]
-        return found[:, first : first + tried]
+        where = slice(0, asked) if leading(rows) else upload(rows, candidates_RK.device)
+        grid_BK = candidates_RK.new_zeros(self.cache.batch, _padded(tried))
+        grid_BK[where, :tried] = candidates_RK
+        output_BSX = self._run(owners, tokens, grid_BK, False)
+        first = output_BSX.shape[1] - grid_BK.shape[1]
+        return output_BSX[where, first : first + tried]
 
     def _run(
         self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]], candidates_BK: Tensor | None, logits: bool
@@ -149,11 +145,6 @@ class Uniform:
 
         inputs = [torch.from_numpy(about), *([] if candidates_BK is None else [candidates_BK])]
         return self._graphs((width, logits, *(each.shape for each in inputs)), work, *inputs)
-
-
-def _first(rows: np.ndarray) -> bool:
-    """Whether these are the first rows, in order."""
-    return bool((rows == np.arange(len(rows))).all())
 
 
 def _padded(tried: int) -> int:

@@ -34,6 +34,7 @@ PACKED_SCHEMA = pa.schema(
         ("first", pa.list_(pa.int32())),  # state that π0 took over at: those before have no target of π0's
     ]
 )
+
 INDEX = "index.parquet"  # written last: a row a packed row, with `file`, `tokens`, `states`
 COLUMNS = [
     *("prompt_id", "prompt_token_ids", "response_token_ids", "finish_reason", "error", "held_out", "rewards"),
