@@ -3,8 +3,9 @@
 import pytest
 
 from vas.config import Train
+from vas.configfile import merge
 from vas.errors import VasError
-from vas.training.deepspeed_config import deepspeed_config, merge
+from vas.training.deepspeed_config import deepspeed_config
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from vas.decoding.scorer import ValueScorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.serving.calls import Question, Reply
 from vas.serving.remote import RemoteScorer
-from vas.serving.value import Reader
+from vas.serving.value import AT_ONCE, Reader
 
 SCHEDULES = ("token", "entropy:2.5", "block:3")
 
@@ -34,14 +34,14 @@ class Done:
 
 
 class Replicas:
-    """Replicas of the tiny value model in this process. faults: the share of calls that end badly."""
+    """Replicas of the tiny value model in this process. faults: the share of calls that end badly. most: see Reader."""
 
-    def __init__(self, count: int = 1, faults: float = 0.0, kv_tokens: int | None = None) -> None:
-        self._count, self._faults, self._kv_tokens = count, faults, kv_tokens
+    def __init__(self, count: int = 1, faults: float = 0.0, kv_tokens: int | None = None, most: int = AT_ONCE) -> None:
+        self._count, self._faults, self._kv_tokens, self._most = count, faults, kv_tokens, most
         self._chance = random.Random(0)
         self._readers: dict[str, Reader] = {}
         self._born = 0
-        self.calls = self.missed = 0
+        self.calls = self.missed = self.parts = 0
         self.down = self.hung = False
 
     def ask(self, replica: str | None, question: Question) -> Done:
@@ -60,10 +60,11 @@ class Replicas:
         if fate < self._faults / 2:  # it dies before it answers
             del self._readers[name]
             return Done(ConnectionError("it died"))
-        reply = self._readers[name].answer(question)
+        reply = self._readers[name].answer(question, self._most)
         if fate < self._faults:  # it answers, and the answer is lost
             return Done(ConnectionError("it was lost"))
         self.missed += bool(reply.missing)
+        self.parts += bool(reply.held)
         return Done(reply)
 
     @property
@@ -117,6 +118,14 @@ def test_tokens_are_those_of_a_scorer_in_the_process(schedule, options, replicas
     assert not scorer._sequences
     if not replicas._faults:
         assert replicas.sequences == 0  # what ends is closed there too
+
+
+@pytest.mark.parametrize("faults", [0.0, 0.2])
+def test_long_prompts_are_read_in_parts(monkeypatch, faults):
+    monkeypatch.setattr("vas.serving.value.LAG", 4)
+    replicas = Replicas(2, faults=faults, most=8)
+    assert decode(remote(replicas), "token") == decode(ValueScorer("value", tiny_value()), "token")
+    assert replicas.parts
 
 
 def test_a_step_without_an_answer_is_the_base_models():

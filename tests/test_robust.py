@@ -1,19 +1,25 @@
 """One request, one model or one caller that misbehaves must not cost the others anything."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from naive import BOTH, ONE, drain, guided_setup, prompts, request, rows_in_use, scorers_of
 from tiny import tiny_base, tiny_value
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vas.decoding.blocks import choose
 from vas.decoding.cache import KVCache
 from vas.decoding.engine import Engine
 from vas.decoding.linears import Int8Linear, PackedLinear, make
+from vas.decoding.loop import Loop
 from vas.decoding.runner import ModelRunner
 from vas.decoding.scorer import ValueScorer
 from vas.decoding.sequence import GuidanceParams, SamplingParams
 from vas.errors import VasError
+from vas.models.base import context_length
 
+FAILING = (1, 2, 4)  # attempts at which memory for more rows runs out
 # keys of a model's config, for models of a few layers that `tiny.py` has not
 SHAPE = {
     "hidden_size": 32,
@@ -77,6 +83,87 @@ def test_after_a_model_failed_the_others_go_on_with_the_same_tokens():
     done = {name: each.token_ids for name, each in drain(engine).items()}
     assert done == {name: tokens for name, tokens in alone.items() if name != "1"}
     assert rows_in_use(engine) == [0, 0, 0]
+
+
+def test_memory_that_runs_out_while_a_cache_grows_costs_no_request(monkeypatch):
+    base, models, engine = guided_setup("llama")
+    asked = [request(str(i), prompt, BOTH, seed=i) for i, prompt in enumerate(prompts(5, 9, 3, 7, 4))]
+    asked.append(request("blocks", prompts(6)[0], ONE, seed=9, schedule="block:3", candidates=3))
+    alone = {r.request_id: Engine(base, scorers_of(models)).generate([r])[0].token_ids for r in asked}
+    grow, calls = KVCache.grow, []
+
+    def runs_out(cache, width):
+        if len(cache) > cache._shape[0]:
+            calls.append(width)
+            if len(calls) in FAILING:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        grow(cache, width)
+
+    monkeypatch.setattr(KVCache, "grow", runs_out)
+    loop = Loop(lambda: engine)
+    found = {each.request_id: each.token_ids for each in loop.generate(asked)}
+    assert found == alone
+    assert len(calls) > max(FAILING)
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
+def test_a_step_that_fails_late_takes_in_no_token(monkeypatch):
+    """Where the choice of a block fails, tokens of others were drawn already."""
+    base, models, engine = guided_setup("llama")
+    asked = [request("plain", prompts(5)[0], seed=1), request("last", prompts(5)[0], seed=2, max_tokens=3)]
+    asked.append(request("blocks", prompts(6)[0], ONE, seed=9, schedule="block:3", candidates=3))
+    alone = {r.request_id: Engine(base, scorers_of(models)).generate([r])[0].token_ids for r in asked}
+    fails = iter([True, True])
+
+    def failing(blocks, guide):
+        if blocks and next(fails, False):
+            raise RuntimeError("out of memory")
+        return choose(blocks, guide)
+
+    monkeypatch.setattr("vas.decoding.engine.choose", failing)
+    for each in asked:
+        engine.add(each)
+    streamed = {r.request_id: [] for r in asked}
+    while engine.busy:
+        try:
+            tokens = engine.step()
+        except RuntimeError:
+            continue
+        for token in tokens:
+            streamed[token.request_id].append(token.token_id)
+    assert streamed == alone
+
+
+def test_work_beside_the_steps_does_not_keep_them_waiting():
+    _, _, engine = guided_setup("llama")
+    loop = Loop(lambda: engine)
+    done = loop.submit(request("r", prompts(5)[0]))
+
+    def more(_):
+        if not done.done():
+            loop.call(more)
+
+    for _ in range(2):  # so that there is always some
+        loop.call(more)
+    assert done.result(timeout=60).token_ids
+
+
+def test_places_in_the_embeddings_that_are_no_tokens_are_refused():
+    """Models of one family have different numbers of them."""
+    base = tiny_base()
+    model = AutoModelForCausalLM.from_config(base.model.config)
+    model.resize_token_embeddings(320)
+    engine = Engine(replace(base, model=model))
+    for wrong in (request("r", (5, 300)), request("r", (5,), logit_bias={300: 1.0})):
+        with pytest.raises(VasError, match="token id 300 is outside the vocabulary"):
+            engine.add(wrong)
+
+
+def test_other_factors_of_long_positions_end_the_context():
+    config = AutoConfig.for_model("phi3", **SHAPE, max_position_embeddings=256, pad_token_id=0)
+    assert context_length(config) == 256
+    config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    assert context_length(config) == 64
 
 
 def test_streams_may_be_interleaved():

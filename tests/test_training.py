@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from tiny import tiny_objective, tiny_value
+from tiny import ARCHITECTURES, tiny_objective, tiny_value
 
 from vas import guidance, schema
 from vas.models.value import ValueModel
@@ -123,7 +123,7 @@ def test_only_a_response_that_ended_itself_has_a_terminal_state():
     ]
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_packed_batch_has_the_values_of_each_response_alone(arch):
     generator = np.random.default_rng(1)
     model = tiny_value(arch, dtype=torch.float64)

@@ -54,7 +54,7 @@ def read_yaml(text: str, where: str) -> Any:
     """What YAML says; `where` names its source in the VasError that is raised if it is malformed."""
     try:
         return _read_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date that there is not
         raise VasError(f"the config is not valid YAML: {_one_line(error)}", where) from None
 
 
@@ -63,6 +63,15 @@ def override(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any
     for text in overrides:
         _apply(content, text)
     return content
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` merged into it, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
 
 
 def validated(kind: type[S], content: dict[str, Any], where: str) -> S:
@@ -84,7 +93,7 @@ def _apply(content: dict[str, Any], override_: str) -> None:
         raise VasError("an override must read key=value", f"--set {override_}", "e.g. --set train.lr=1e-4")
     try:
         value = _read_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise VasError(f"the override's value is not valid YAML: {_one_line(error)}", f"--set {override_}") from None
     *parents, last = dotted.split(".")
     for parent in parents:

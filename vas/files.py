@@ -43,7 +43,18 @@ def absolute(location: str) -> str:
 def filesystem(location: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow filesystem of a location, and the path inside it."""
     if location.startswith("s3://"):
-        return _s3(s3.environment()), location[5:]
+        if "//" in f"/{location[5:].rstrip('/')}":
+            raise VasError(
+                "an S3 location has a bucket, and nothing empty in its path", location, "e.g. s3://bucket/runs"
+            )
+        try:
+            return _s3(s3.environment()), location[5:]
+        except pa.ArrowInvalid as error:
+            raise VasError(
+                f"cannot use this S3 endpoint: {error}",
+                f"AWS_ENDPOINT_URL={s3.endpoint()}",
+                "e.g. http://localhost:9000",
+            ) from None
     if is_remote(location):
         try:
             return pafs.FileSystem.from_uri(location)

@@ -190,6 +190,8 @@ def copy_directory(source: str, target: str) -> None:
     elif source.startswith("s3://"):
         for file in list_files(source, hidden=True):
             path = Path(absolute(target), file[len(source.rstrip("/")) + 1 :])
+            if not path.resolve().is_relative_to(Path(absolute(target)).resolve()):  # a key may have `..` in it
+                raise VasError("the name of this file leads out of its folder", file)
             with writing(target):
                 path.parent.mkdir(parents=True, exist_ok=True)
             s3.objects().download(file, str(path))

@@ -6,11 +6,10 @@ import argparse
 import json
 from typing import get_args
 
-from vas import storage
 from vas.choices import Stage
 from vas.cli.main import program
 from vas.config import load_config
-from vas.run.directory import RunDirectory
+from vas.run.directory import RunDirectory, place_of
 
 
 def run_job(stage: str | None, about: str | None, source: bool = False) -> None:
@@ -72,8 +71,8 @@ def _open(config: str | None, location: str | None, overrides: list[str]) -> Run
         return RunDirectory.open(location, overrides)
     if location is None:
         return RunDirectory.create(load_config(config, overrides))
-    parent, _, name = storage.absolute(location).rstrip("/").rpartition("/")
-    place = [f"runs_dir={json.dumps(parent or '/')}", f"name={json.dumps(name)}"]
+    runs_dir, name = place_of(location)
+    place = [f"runs_dir={json.dumps(runs_dir)}", f"name={json.dumps(name)}"]
     return RunDirectory.create(load_config(config, [*overrides, *place]))
 
 

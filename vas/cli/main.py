@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -203,13 +204,14 @@ def submit(
 @app.command("key", epilog="Example: `vas key alice >> keys.yaml`, and `--set gate.keys=keys.yaml`")
 def new_key(name: Annotated[str, typer.Argument(help="Whose key it is; stands in logs and metrics.")]) -> None:
     """Make an API key: the key itself goes to the terminal, its entry for the keys file to the output."""
+    from vas.configfile import validated
     from vas.serving.keys import Key
     from vas.serving.keys import new_key as make
 
     key, digest = make()
-    entry = Key(name=name, sha256=digest)
+    entry = validated(Key, {"name": name, "sha256": digest}, f"vas key {name}")
     console.print(f"The key, shown this once: [bold]{key}[/bold]", highlight=False)
-    print(f"  - name: {entry.name}\n    sha256: {entry.sha256}")
+    print(f"  - name: {json.dumps(entry.name)}\n    sha256: {entry.sha256}")
 
 
 @app.command(epilog="Example: `vas rewards`")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 from typing import Any
 
 from ray import serve
@@ -18,7 +20,7 @@ from vas.errors import VasError
 from vas.progress import console
 from vas.run.cluster import ray_cluster
 from vas.serving.app import application, deployments
-from vas.serving.config import Settled, parse_serving, settle
+from vas.serving.config import Settled, merged, parse_serving, settle
 
 NAME = "vas"
 
@@ -26,13 +28,16 @@ NAME = "vas"
 def serve_forever(target: str, overrides: list[str], host: str, port: int) -> None:
     """Serve a run, or what a YAML file says, until the process is stopped.
 
-    Raises VasError for a run or a key that is wrong, for a cluster that is too small, and for models that do not start.
+    Raises VasError for a run or a key that is wrong, for a cluster that is too small, for a port that is taken, and for
+    models that do not start.
     """
     serving = parse_serving(_content(target, overrides), target)
     local = "RAY_ADDRESS" not in os.environ
     if local and "cpus" not in serving.replicas.model_fields_set:
         serving.replicas.cpus = os.cpu_count() or 1  # the machine is the base model's; the rest is light
     settled = settle(serving)
+    if local:
+        _check_port(host, port)
     with ray_cluster(Resources(), spare_cpus=_spare(settled)):
         _start(settled, target, host, port)
         console.print("Ctrl-C stops it.")
@@ -40,8 +45,11 @@ def serve_forever(target: str, overrides: list[str], host: str, port: int) -> No
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
         stopped.wait()
-        console.print("Stopping; what has begun is finished first.")
-        serve.delete(NAME)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        console.print("Stopping; what has begun is finished first. Ctrl-C breaks it off.")
+        serve.delete(NAME, _blocking=False)
+        while NAME in serve.status().applications:
+            time.sleep(0.5)
         if local:
             serve.shutdown()
 
@@ -75,12 +83,28 @@ def _content(target: str, overrides: list[str]) -> dict[str, Any]:
         return override({"run": target}, overrides)
     content = read_config(target)
     if "applications" in content:
-        application = content["applications"][0]
-        content = dict(application["args"])
-        for each in application.get("deployments", []):
-            if each["name"] == "Gateway":
-                content["gate"] = content.get("gate", {}) | each.get("user_config", {})
+        application = _application(content, target)
+        content = dict(application.get("args") or {})
+        for each in application.get("deployments") or []:
+            if each.get("name") == "Gateway":
+                content["gate"] = merged(content.get("gate") or {}, each.get("user_config") or {})
     return override(content, overrides)
+
+
+def _application(content: dict[str, Any], target: str) -> dict[str, Any]:
+    """The first application of a config for `serve deploy`."""
+    match content["applications"]:
+        case [dict() as application, *_]:
+            return application
+    raise VasError("there is no application in this config", target, "see cluster/serve/ for examples")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Two endpoints may listen at one port, and then share the requests. Raises VasError if somebody does already."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise VasError(f"cannot listen there: {error.strerror}", f"{host}:{port}", "take another --port") from None
 
 
 def _reason() -> str:

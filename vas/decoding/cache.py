@@ -83,11 +83,13 @@ class KVCache:
     def copy(self, source: Hashable, target: Hashable, length: int) -> None:
         """Let `target` hold the first `length` tokens of `source`, and nothing else."""
         assert length <= self.lengths[source], "only what the source holds"
-        self.lengths[target] = length
         self.grow(length)
+        self.lengths[target] = length
         self._copy(self.row_of[source], self.row_of[target], length)
 
     def _copy(self, source: int, target: int, length: int) -> None:
+        if not length:  # and perhaps no memory yet
+            return
         for layer in self._layers:
             own = layer[:, :, :, self.aside : self.aside + length]
             own[:, target] = own[:, source]
@@ -97,6 +99,8 @@ class KVCache:
 
         start: negative for those that are aside.
         """
+        if row >= self._shape[0]:  # it was never given memory
+            return
         for layer in self._layers:
             layer[:, row, :, self.aside + start : self.aside + stop] = 0
 

@@ -57,8 +57,9 @@ class Engine:
                 raise VasError(f"{name} must be at least 1, not {number}")
         self._base, self._scorers = base, list(scorers)
         self.clock = Clock()
-        self._vocab = base.vocabulary
-        self._guide = Guide(scorers, base.eos_token_ids, base.device, self.clock, self._vocab)
+        self._guide = Guide(scorers, base.eos_token_ids, base.device, self.clock, base.vocabulary)
+        # models of one family differ in how many embeddings they have beyond those that are tokens
+        self._tokens = min(base.vocabulary, len(base.tokenizer))
         self.objectives = tuple(self._guide.objectives)
         self._runner: BaseRunner
         if isinstance(base, ServedModel):
@@ -90,7 +91,7 @@ class Engine:
             raise VasError(f"the response has {len(request.begun)} tokens already", where, "raise max_tokens")
         named = (*request.prompt_token_ids, *request.begun, *request.sampling.logit_bias)
         for token in (min(named), max(named)):
-            if not 0 <= token < self._vocab:  # would take every running sequence down with it
+            if not 0 <= token < self._tokens:  # would take every running sequence down with it
                 raise VasError(f"token id {token} is outside the vocabulary", where)
         for name in request.guidance.objectives:
             if name not in self.objectives:
@@ -266,18 +267,23 @@ class Engine:
             self._begin_blocks()
             with self.clock.part("base"):
                 arrival = self._runner.arrived([s for s in self._scheduler.running if s.ready])
+            drawn: list[_Drawn] = [(sequence, some, None, reason) for sequence, some, reason in arrival.drawn]
+            drawn += self._advance(arrival.ahead) if arrival.ahead else []
+            whole = [each for block in arrival.blocks for each in block.continuations]
+            chosen = self._choose([*arrival.ahead, *whole])
+            # no model runs from here on: a step that fails has taken in nothing
             for sequence, error in arrival.failed:
                 self._fail(sequence, error)
-            tokens = [token for each in arrival.drawn for token in self._take_all(*each)]
-            tokens += self._advance(arrival.ahead) if arrival.ahead else []
-            whole = [each for block in arrival.blocks for each in block.continuations]
-            return tokens + self._finish_blocks([*arrival.ahead, *whole])
+            tokens = [token for each in drawn for token in self._take_all(*each)]
+            return tokens + [token for each in chosen for token in self._finish_block(*each)]
 
-    def _take_all(self, sequence: Sequence, drawn: list[Drawn], reason: str | None) -> Iterator[Token]:
-        """Append tokens that were drawn elsewhere, and end the response where it ends. reason: why, after the last."""
+    def _take_all(
+        self, sequence: Sequence, drawn: list[Drawn], scores: dict[str, Score] | None, reason: str | None
+    ) -> Iterator[Token]:
+        """Append drawn tokens, and end the response where it ends. reason: why, after the last."""
         for place, each in enumerate(drawn, 1):
             sequence.response.append(each.token)
-            yield self._take_in(sequence, each, ends=reason if place == len(drawn) else None)
+            yield self._take_in(sequence, each, scores, ends=reason if place == len(drawn) else None)
             if sequence not in self._scheduler.running:
                 return
 
@@ -287,8 +293,8 @@ class Engine:
         del self._completions[sequence.request.request_id]
         self.failed[sequence.request.request_id] = error
 
-    def _advance(self, sequences: list[Sequence]) -> list[Token]:
-        """Append one token to each of these."""
+    def _advance(self, sequences: list[Sequence]) -> list[_Drawn]:
+        """Draw a token for each of these; continuations of blocks keep theirs."""
         with self.clock.part("base"):
             logits_BV = self._runner.logits(sequences)
         with self.clock.part("combine"):
@@ -300,19 +306,19 @@ class Engine:
             drawn, told = draw(sequences, base_BV, guided_BV, kl_B, self._guide.about)
             scores = self._guide.scores(sequences, told)
             settled = self._runner.settle(sequences, drawn)
-        tokens = []
+        found: list[_Drawn] = []
         for b, (sequence, each) in enumerate(zip(sequences, settled, strict=True)):
             sequence.completion.base_positions += 1
             if each is None:  # its token comes with a later step
                 continue
             sequence.cached += 1
-            sequence.response.append(each.token)
             if sequence.block is None:
-                tokens.append(self._take_in(sequence, each, scores.get(b)))
+                found.append((sequence, [each], scores.get(b), None))
             else:
+                sequence.response.append(each.token)
                 sequence.pending.append(each)
                 sequence.resting = self._has_its_share(sequence, each.token)
-        return tokens
+        return found
 
     def _preempt(self) -> None:
         """Send the youngest sequences back to wait, until the others have room for a step."""
@@ -391,11 +397,13 @@ class Engine:
 
     def _begin_blocks(self) -> None:
         """Give sequences that are guided by blocks their continuations."""
-        for trunk in [s for s in self._scheduler.running if s.ready and s.blockwise and s.block is None]:
-            for each in Block.of(trunk).continuations[1:]:
-                self._scheduler.running.append(each)
-                self._open(each)
-                self._share(trunk, each, trunk.cached)
+        trunks = [s for s in self._scheduler.running if s.ready and s.blockwise and s.block is None]
+        fresh = [(trunk, each) for trunk in trunks for each in Block.of(trunk).continuations[1:]]
+        for _, each in fresh:  # all have their rows before memory may run out
+            self._scheduler.running.append(each)
+            self._open(each)
+        for trunk, each in fresh:
+            self._share(trunk, each, trunk.cached)
 
     def _has_its_share(self, sequence: Sequence, token: int) -> bool:
         """Whether a continuation has all the tokens that its block may have."""
@@ -403,22 +411,24 @@ class Engine:
         full = len(sequence.pending) == request.guidance.block_size
         return full or token in self._base.eos_token_ids or len(sequence.response) == request.sampling.max_tokens
 
-    def _finish_blocks(self, sequences: list[Sequence]) -> list[Token]:
-        """Where all continuations have their tokens, choose one, and let the others follow it."""
-        blocks = list(dict.fromkeys(s.block for s in sequences if s.block and s.block.complete))
-        tokens = []
-        for block, (chosen, drawn) in zip(blocks, choose(blocks, self._guide), strict=True):
-            for one in drawn:
-                tokens.append(self._take_in(chosen, one))
-                if tokens[-1].finish_reason:
-                    break
-            else:
-                for each in block.continuations:
-                    each.pending, each.resting = [], False
-                    if each is not chosen:
-                        each.response = list(chosen.response)
-                        self._share(chosen, each, len(chosen) - 1)
-        return tokens
+    def _choose(self, sequences: list[Sequence]) -> list[tuple[Sequence, list[Drawn]]]:
+        """One continuation, with its tokens, of each block in which all have theirs."""
+        blocks = dict.fromkeys(s.block for s in sequences if s.block and s.block.complete)
+        return choose(list(blocks), self._guide)
+
+    def _finish_block(self, chosen: Sequence, drawn: list[Drawn]) -> Iterator[Token]:
+        """Take in the tokens of a continuation, and let the others follow it."""
+        assert chosen.block is not None
+        for one in drawn:
+            token = self._take_in(chosen, one)
+            yield token
+            if token.finish_reason:
+                return
+        for each in chosen.block.continuations:
+            each.pending, each.resting = [], False
+            if each is not chosen:
+                each.response = list(chosen.response)
+                self._share(chosen, each, len(chosen) - 1)
 
     def _leave(self, sequence: Sequence) -> None:
         """Free what a running sequence holds, and its other continuations with it."""
@@ -427,6 +437,10 @@ class Engine:
             self._runner.cache.free(each.owner)
             for scorer in self._guide.scorers_of(each.request):
                 scorer.close(each.owner)
+
+
+_Drawn = tuple[Sequence, list[Drawn], dict[str, Score] | None, str | None]
+"""A sequence, tokens for it with their scores, and why it ends with them, if it does."""
 
 
 def _told(error: Exception) -> Exception:

@@ -116,9 +116,12 @@ class Loop:
         ready.set_result(engine)
         try:
             while True:
-                while not engine.busy or not self._inbox.empty():  # wait while there is nothing to decode
+                if not engine.busy:
                     self._inbox.get()[0](engine)
-                self._step(engine)
+                for _ in range(self._inbox.qsize()):  # what comes meanwhile has its turn after the step
+                    self._inbox.get()[0](engine)
+                if engine.busy:
+                    self._step(engine)
         except EngineDied as death:
             self._die(death)
         except BaseException as error:  # a mistake of ours: nobody must wait for a thread that is gone

@@ -86,7 +86,7 @@ class Scheduler:
 
     def _fits(self, sequences: Many[Sequence]) -> bool:
         """Whether the KV cache holds these after the next step."""
-        return self._has_room(sum(s.rows for s in sequences), max(map(len, sequences)))
+        return self._has_room(sum(s.rows for s in sequences), max(s.reach for s in sequences))
 
 
 def _best_source(sequence: Sequence, running: Many[Sequence]) -> tuple[Sequence | None, int]:

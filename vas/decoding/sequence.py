@@ -313,6 +313,13 @@ class Sequence:
             return 0  # the first continuation has counted it
         return self.request.guidance.rows
 
+    @property
+    def reach(self) -> int:
+        """Tokens that it may have before anybody looks for room again: a block may come whole."""
+        size = self.request.guidance.block_size if self.blockwise else None
+        left = self.request.sampling.max_tokens - len(self.response)
+        return len(self) + max(0, min((size or 1) - len(self.pending), left) - 1)
+
     def restart(self) -> None:
         """Forget what the caches held, and tokens that were not chosen yet."""
         self.cached, self.source, self.shared = 0, None, 0

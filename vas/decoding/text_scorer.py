@@ -134,12 +134,15 @@ class TextScorer(InProcess):
     def _branch(self, sequences: Sequence[Hashable], tails: Sequence[tuple[int, list[int]]]) -> Tensor:
         """Last hidden states [N, H] of sequences with other ends, which are not kept."""
         branches = [(sequence, number) for number, sequence in enumerate(sequences)]
-        for branch, (kept, _) in zip(branches, tails, strict=True):
+        for branch in branches:
             self._runner.cache.add(branch)
-            self._runner.cache.copy(branch[0], branch, kept)
-        hidden_NH = self._runner.extend(branches, [tail for _, tail in tails])
-        for branch in reversed(branches):
-            self._runner.cache.free(branch)
+        try:
+            for branch, (kept, _) in zip(branches, tails, strict=True):
+                self._runner.cache.copy(branch[0], branch, kept)
+            hidden_NH = self._runner.extend(branches, [tail for _, tail in tails])
+        finally:
+            for branch in reversed(branches):
+                self._runner.cache.free(branch)
         last = torch.tensor([len(tail) for _, tail in tails]).cumsum(0) - 1
         return hidden_NH[last.to(hidden_NH.device)]
 

@@ -58,7 +58,11 @@ def evaluate(config: RunConfig, prompts: Iterable[Prompt], inputs: Inputs) -> li
         for strengths in config.evaluation.strengths
     ]
     responses = storage.join(inputs.output, "responses")
-    sample(config, plans, responses, "evaluation", inputs.value, inputs.ledger)
+    summary = sample(config, plans, responses, "evaluation", inputs.value, inputs.ledger)
+    failed = ", ".join(f"{count} × {kind}" for kind, count in summary.errors.items())
+    inputs.about["guided responses"] = f"{summary.rows}" + (f", of which failed {failed}" if failed else "")
+    if failed:
+        terminal.print(f"of {summary.rows} guided responses failed {failed}", highlight=False)
     base = by_prompt(read_rollouts(inputs.rollouts).filter(pc.field("held_out")))
     answers = read_rollouts(responses)
     guided = {plan.setting: by_prompt(answers.filter(pc.field("setting") == plan.setting)) for plan in plans}

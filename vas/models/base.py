@@ -57,8 +57,15 @@ class BaseModel:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Longest sequence a model of this config has positions for, if it says."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Longest sequence a model of this config has positions for, if it says.
+
+    With `longrope`, that is where its other factors begin: a longer sequence would change the others of its batch.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings"):
+        return int(rope["original_max_position_embeddings"])
+    return getattr(text, "max_position_embeddings", None)
 
 
 def quieten() -> None:
@@ -102,7 +109,7 @@ def load_pretrained(auto_class: Any, model: str, revision: str | None = None, **
     path = bundled.resolve(model)
     try:
         return auto_class.from_pretrained(path, revision=revision or "main", **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # a quantised model needs its library
         reason = str(error).strip().splitlines()[0]
         local = os.path.sep in model and not os.path.exists(model) and model.count("/") != 1
         mend = (

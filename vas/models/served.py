@@ -37,11 +37,15 @@ class Ahead:
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    torn: tuple[int, ...] = ()
+    """Other tokens that it tells, which cannot be sent again: halves of characters, where text is sent."""
+    torn_share: float = 0.0
+    """What these have together."""
 
     @property
     def rest(self) -> float:
         """log of what all other tokens have together; -inf if nothing is left."""
-        left = 1.0 - math.fsum(math.exp(each) for each in self.logprobs)
+        left = 1.0 - self.torn_share - math.fsum(math.exp(each) for each in self.logprobs)
         return math.log(left) if left > 1e-6 else -math.inf  # below that it is rounding
 
 
@@ -69,6 +73,7 @@ class ServedModel:
         self.forbids = self.top > 0 and self._obeys_bias()
         """Whether it can draw one of the tokens that it does not tell."""
         self._most_choices: int | None = None
+        self._continues = server.form != "chat" or server.continues  # asked now: later an event loop would wait for it
 
     def abilities(self) -> str:
         """What the server can do, in words. Raises VasError as continuations do."""
@@ -77,7 +82,7 @@ class ServedModel:
         except Rejected as rejected:
             raise rejected.error from None
         form = {"ids": "token ids", "text": "text", "chat": "chats only"}[self.server.form or "ids"]
-        anew = "" if self.server.continues else " and begins every response anew"
+        anew = "" if self._continues else " and begins every response anew"
         bias = "" if not self.top else " and heeds logit_bias" if self.forbids else " but no logit_bias"
         choices = self._most_choices or f"{MANY} or more"
         return f"takes {form}{anew}, tells {self.top or 'no'} log-probs{bias}, gives {choices} choices a call"
@@ -93,7 +98,7 @@ class ServedModel:
                 self.server.client.url,
                 "guide by blocks (schedule `block:8`), or call one that does (vLLM, llama.cpp)",
             )
-        if not self.server.continues and not (blockwise and whole):
+        if not self._continues and not (blockwise and whole):
             raise VasError(
                 "the server takes chats only, and begins every response anew: it cannot be asked for what comes next",
                 self.server.client.url,
@@ -169,13 +174,17 @@ class ServedModel:
 
     def _ahead(self, prefix: Prefix, top: int) -> Ahead:
         best: dict[int, float] = {}
+        torn: dict[int, float] = {}
         for token, logprob in self._told(prefix, top, self._ask):
-            if token < self.vocabulary and self._can_stand(prefix, token):
-                best[token] = max(logprob, best.get(token, -math.inf))
+            if token < self.vocabulary:
+                kept = best if self._can_stand(prefix, token) else torn
+                kept[token] = max(logprob, kept.get(token, -math.inf))
         if not best:
-            raise VasError("the server tells no log-probs of next tokens", self.server.client.url)
+            what = "no log-probs of next tokens but halves of characters" if torn else "no log-probs of next tokens"
+            raise VasError(f"the server tells {what}", self.server.client.url)
         ordered = sorted(best.items(), key=lambda item: -item[1])
-        return Ahead(tuple(token for token, _ in ordered), tuple(logprob for _, logprob in ordered))
+        share = math.fsum(map(math.exp, torn.values()))
+        return Ahead(tuple(token for token, _ in ordered), tuple(at for _, at in ordered), tuple(torn), share)
 
     def _told(self, prefix: Prefix, top: int, ask: Callable[[Prefix, Ask], list[Any]]) -> list[tuple[int, float]]:
         """What the server tells beside a token that it draws; nothing if it tells nothing.
@@ -196,7 +205,7 @@ class ServedModel:
         return self.server.form == "ids" or not self.server.text([*prefix.response[-8:], token]).endswith(TORN)
 
     def _draw(self, prefix: Prefix, ahead: Ahead, seed: int, bias: Mapping[int, float]) -> tuple[int, float]:
-        forbidden = dict(bias) | dict.fromkeys(ahead.tokens, FORBIDDEN)
+        forbidden = dict(bias) | dict.fromkeys((*ahead.tokens, *ahead.torn), FORBIDDEN)
         for attempt in range(DRAWS):
             [choice, *_] = self._ask(prefix, Ask(1, seed=seed + attempt, logit_bias=forbidden))
             try:

@@ -99,6 +99,7 @@ class Server:
         """Whether it takes requests for log-probs; None until it is known."""
         self._served = spec.served_name or spec.model
         self._continuations: list[Continuation] | None = None
+        self._repeats = False  # the beginning that it goes on with
         """The way that works, if any does; None until it is known."""
         self._usage: Counter[str] = Counter()
         self._lock, self._finding = threading.Lock(), threading.Lock()
@@ -221,7 +222,9 @@ class Server:
         try:
             choices = answer["choices"]
             if form == "chat":
-                choices = [_as_completion(choice, body["messages"]) for choice in choices]
+                last = body["messages"][-1]
+                begun = last["content"] if self._repeats and last["role"] == "assistant" else ""
+                choices = [_as_completion(choice, begun) for choice in choices]
             if not choices:
                 raise IndexError("no choices")
             return list(choices)
@@ -237,7 +240,9 @@ class Server:
         try:
             answer = self.client.post("chat/completions", body)
             self._add_usage(answer)
-            return _as_completion(answer["choices"][0], messages)["text"].startswith(rest)
+            said = answer["choices"][0]["message"]["content"]
+            self._repeats = said.startswith(begun)
+            return bool(said.removeprefix(begun).startswith(rest))
         except (Rejected, KeyError, IndexError, TypeError, AttributeError):
             return False
 
@@ -255,12 +260,9 @@ class Server:
         self.client.meter.charge(**counts)
 
 
-def _as_completion(choice: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """A chat's choice as one of completions; some repeat the beginning that they were given."""
-    text = choice["message"]["content"] or ""
-    if messages[-1]["role"] == "assistant":
-        text = text.removeprefix(messages[-1]["content"])
-    return choice | {"text": text}
+def _as_completion(choice: dict[str, Any], begun: str) -> dict[str, Any]:
+    """A chat's choice as one of completions, without the beginning that it repeats."""
+    return choice | {"text": (choice["message"]["content"] or "").removeprefix(begun)}
 
 
 def eos_token_ids(model: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Sequence
@@ -222,7 +223,7 @@ class ValueModel(PreTrainedModel):
 
     def finished(self, spec: config.Value, state: dict[str, Tensor]) -> ValueModel:
         """What a checkpoint holds: this model with weights `state`, adapters merged in, and the heads it extends."""
-        model = ValueModel(self.config).float()
+        model = ValueModel(copy.deepcopy(self.config)).float()  # it may get more objectives; training goes on
         if spec.lora is not None:
             model.backbone = _with_adapters(model.backbone, spec.lora)
         model.load_state_dict(state)

@@ -135,6 +135,7 @@ def _sampled(
 
 def _dataset(work: pa.Table) -> ray.data.Dataset:
     """A block a batch; blocks are cut as they are needed, for Ray takes milliseconds to be given one."""
+    ray.data.DataContext.get_current().target_max_block_size = None  # a batch is one file: it must stay one block
     parts = [work.slice(row, CUT_TOGETHER) for row in range(0, len(work), CUT_TOGETHER)]
     return ray.data.from_arrow(parts).repartition(target_num_rows_per_block=1)
 

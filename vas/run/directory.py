@@ -22,6 +22,16 @@ from vas.run import lock
 VERSIONS_OF = ("ray", "torch", "transformers", "deepspeed", "pyarrow")
 
 
+def place_of(location: str) -> tuple[str, str]:
+    """The `runs_dir` and the `name` of a run at a location. Raises VasError for a bucket, which has no name for it."""
+    parent, _, name = storage.absolute(location).rstrip("/").rpartition("/")
+    if parent.endswith(":/"):
+        raise VasError(
+            "a run cannot be a whole bucket", location, f"give it a path there: {location.rstrip('/')}/runs/mine"
+        )
+    return parent or "/", name
+
+
 class RunDirectory:
     """A run's files, by the design's data contract.
 

@@ -68,7 +68,8 @@ def prepare(run: RunDirectory) -> StoredPrompts:
                 yield prompt
 
         prompts = store_prompts(file, counted())
-        about |= {"train": counts[False], "held_out": counts[True]}
+        versions = {name: reward.version for name, reward in load_rewards(run.config.rewards).items()}
+        about |= {"train": counts[False], "held_out": counts[True], "rewards": versions}
     console.print(f"prompts      {about['train']} to train on, {about['held_out']} held out", highlight=False)
     return prompts
 
@@ -250,6 +251,7 @@ def _stage(run: RunDirectory, name: str, body: Callable[[dict, Ledger | None], s
     if run.done(name) and not again:
         console.print(f"{name:<12} done already", highlight=False)
         return
+    _check_rewards(run)
     with ray_cluster(run.config.resources), run.stage(name) as about:
         require(stage_groups(name, run.config.resources))
         with Ledger.of(run.config.base, run.path("usage.json")) as ledger:
@@ -258,6 +260,19 @@ def _stage(run: RunDirectory, name: str, body: Callable[[dict, Ledger | None], s
             spent = ledger.spent() if ledger is not None else {}
             outcome += f", {words(spent)} so far" if spent != before else ""
     console.print(f"{name:<12} {outcome} ({about['seconds']:.0f} s)", highlight=False)
+
+
+def _check_rewards(run: RunDirectory) -> None:
+    """Scores of a run must all be the same rewards'. Raises VasError if one has changed since its prompts were read."""
+    known = run.about("prompts").get("rewards", {})
+    for name, reward in load_rewards(run.config.rewards).items():
+        if reward.version != known.get(name, reward.version):
+            raise VasError(
+                f"the reward '{name}' has changed since this run began: it was {known[name]}, and is {reward.version}",
+                run.location,
+                f"give a run with the new one another name; `vas rollout CONFIG --from {run.location}` takes over "
+                "what was sampled",
+            )
 
 
 def _about(run: RunDirectory) -> dict[str, str]:

@@ -55,6 +55,8 @@ class Reply:
     """Sequences, as indices, that it has not as the question says. If there are any, nothing was computed."""
     values_BKJ: np.ndarray | None = None
     positions: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+    """Tokens of each sequence that it has read by now, where there was too much for one answer: ask again."""
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from vas.choices import SCHEDULE
 from vas.config import Base, Strengths
-from vas.configfile import Name, Section, validated
+from vas.configfile import Name, Section, merge, validated
 from vas.errors import VasError
 from vas.growth import Amounts
 from vas.placement import amounts
@@ -116,6 +116,11 @@ class Gate(Section):
     """Guidance of requests that say nothing of it."""
     on_error: Literal["fail", "unguided"] = "fail"
     """What becomes of a request whose value model cannot be reached, unless it says so itself."""
+
+
+def merged(first: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a Gate with others over them; of `limits`, what these do not name stays."""
+    return first | merge({"limits": first.get("limits") or {}}, more)
 
 
 class Serving(Section):

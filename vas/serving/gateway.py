@@ -5,6 +5,7 @@ the names that only annotations in quotes would use.
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -19,10 +20,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from vas.errors import as_vas_error
+from vas.configfile import validated
+from vas.errors import VasError, as_vas_error
 from vas.serving import openapi
 from vas.serving.answers import Answer, ChatAnswer, sse
-from vas.serving.config import Gate, Settled
+from vas.serving.config import Gate, Settled, merged
 from vas.serving.errors import ApiError
 from vas.serving.front import Front, body_of
 from vas.serving.keys import Caller, Doorkeeper, load_keys
@@ -35,6 +37,8 @@ from vas.serving.scrape import scrape
 COMPLETION_TOKENS = 16  # of a completion that says nothing, as OpenAI's
 CHAT_TOKENS = 1 << 30  # of a chat: as many as there is room for
 PLAYGROUND = Path(__file__).with_name("playground.html").read_text()
+logger = logging.getLogger("ray.serve.vas")
+
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 app = FastAPI(title="VAS on Ray", version="1", description=openapi.ABOUT, redirect_slashes=False)
@@ -103,14 +107,26 @@ class Gateway:
         self.metrics = GatewayMetrics()
         self._first = settled.serving.gate
         self._created = int(time.time())
-        self.reconfigure({})
+        self._configured = False
+        self._take_over({})
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over new presets, limits and keys; what is not named stays as the application's arguments say.
 
-        Raises VasError, and changes nothing, for what is wrong with them. The keys file is read again.
+        A gateway that is up keeps those that it has, and says so in its log, where there is something wrong with the
+        new ones: Serve would end it. One that starts raises VasError. The keys file is read again.
         """
-        gate = Gate.model_validate(self._first.model_dump(exclude_unset=True) | user_config)
+        try:
+            self._take_over(user_config)
+        except VasError as error:
+            if not self._configured:
+                raise
+            logger.error("the gateway goes on with what it had: %s", error)
+        self._configured = True
+
+    def _take_over(self, user_config: dict[str, Any]) -> None:
+        content = merged(self._first.model_dump(exclude_unset=True), user_config)
+        gate = validated(Gate, content, "the Gateway's user_config")
         self.served.check_gate(gate)
         self.doorkeeper = Doorkeeper(load_keys(gate.keys) if gate.keys else None)
         self.gate = gate

@@ -74,12 +74,15 @@ async def relay(
         except BaseException as error:
             with suppress(Exception):  # it says once more what became of the call
                 stream.cancel()
-            again = _is_lost(error) or (isinstance(error, BackPressureError | _Full) and attempt > 1)
-            if not again:
+            lost = _is_lost(error)
+            if not lost and not (isinstance(error, BackPressureError | _Full) and attempt > 1):
                 raise _as_api_error(error) from None
-            logger.warning("a replica was lost under %d responses (%s)", len(open_), type(error).__name__)
+            logger.warning("%d responses have to go on elsewhere (%s)", len(open_), type(error).__name__)
+        else:
+            lost = True
         if any(choice.finish_reason is None for choice in choices):
-            died()
+            if lost:
+                died()
             fruitless_since = fruitless_since or time.monotonic()
             if time.monotonic() - fruitless_since > PATIENCE:
                 raise ApiError(503, "the model cannot be reached", code="model_unavailable", retry_after=5)

@@ -143,7 +143,8 @@ class RemoteScorer:
                     positions[batch.rows[row]] = count
             self._measured(time.perf_counter() - started)
             if lost:
-                self._greet()
+                if len(lost) == len(batch.rows):  # not one replica has answered
+                    self._greet()
                 raise ScorerUnreachable((values, positions), lost)
             return values, positions
 
@@ -200,9 +201,12 @@ class RemoteScorer:
                 replica = None
             else:
                 if not reply.missing:
-                    for each in members:
-                        each.held, each.replica, each.shared = len(each.tokens), reply.replica, (0, 0)
-                    return reply
+                    held = reply.held or [len(each.tokens) for each in members]
+                    for each, tokens in zip(members, held, strict=True):
+                        each.held, each.replica, each.shared = tokens, reply.replica, (0, 0)
+                    if not reply.held:
+                        return reply
+                    deadline = max(deadline, time.monotonic() + self._patience)  # it reads on
                 for place in reply.missing:
                     members[place].forget()
                 replica = reply.replica

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from vas.serving.calls import Question, Reply
 from vas.serving.config import Settled, ValueModelSpec
 from vas.serving.texts import values_of
 
+AT_ONCE = 256  # tokens that are read for one answer beside those with the candidates, for who asks waits
 FORGOTTEN_AFTER = 600.0  # seconds without a question about a sequence: its caller is gone
 
 
@@ -32,8 +34,8 @@ class Reader:
         self._read: dict[tuple[str, int], int] = {}
         self._asked: dict[tuple[str, int], float] = {}
 
-    def answer(self, question: Question) -> Reply:
-        """Values of the candidates, or what is missing to find them."""
+    def answer(self, question: Question, most: int = AT_ONCE) -> Reply:
+        """Values of the candidates; or what is missing to find them; or, after `most` tokens, how far it has read."""
         now = time.monotonic()
         names = [(question.caller, number) for number in question.sequences]
         idle = [name for name, asked in self._asked.items() if now - asked > FORGOTTEN_AFTER]
@@ -48,15 +50,22 @@ class Reader:
         if not self._make_room({*names, *sources}, longest + 1) and len(names) > 1:
             return self._in_halves(question)
         try:
-            return self._scored(names, question, now)
+            return self._scored(names, question, now, most)
         except BaseException:
             for name in names:  # who knows what of them was read
                 self._forget(name)
             raise
 
-    def _scored(self, names: list[tuple[str, int]], question: Question, now: float) -> Reply:
-        """Read what is new of the sequences, and score their candidates."""
-        taken = [self._begin(name, i, question) for i, name in enumerate(names)]
+    def _scored(self, names: list[tuple[str, int]], question: Question, now: float, most: int) -> Reply:
+        """Read what is new of the sequences, up to `most` tokens, and score their candidates if that was all."""
+        taken = []
+        for i, name in enumerate(names):
+            read, rest = self._begin(name, i, question, most)
+            taken.append(rest)
+            most -= read
+        self._asked |= dict.fromkeys(names, now)
+        if any(len(rest) > LAG for rest in taken):
+            return Reply(self._replica, held=[self._read[name] for name in names])
         values, positions = self._scorer.answer(
             ScoreBatch(
                 sequences=names,
@@ -69,7 +78,7 @@ class Reader:
             )
         )
         for i, name in enumerate(names):
-            self._read[name], self._asked[name] = question.held[i] + len(question.fresh[i]), now
+            self._read[name] = question.held[i] + len(question.fresh[i])
         return Reply(self._replica, [], values.float().cpu().numpy(), positions)
 
     def values(self, token_ids: Sequence[int]) -> Iterator[Tensor]:
@@ -91,15 +100,15 @@ class Reader:
         middle = len(question.sequences) // 2
         replies = []
         for part in (slice(None, middle), slice(middle, None)):
-            reply = self.answer(question.part(part))
+            reply = self.answer(question.part(part), most=sys.maxsize)  # the halves would push each other out
             if reply.missing:
                 return Reply(self._replica, [i + (part.start or 0) for i in reply.missing])
             replies.append(reply)
         values = np.concatenate([reply.values_BKJ for reply in replies if reply.values_BKJ is not None])
         return Reply(self._replica, [], values, [count for reply in replies for count in reply.positions])
 
-    def _begin(self, name: tuple[str, int], i: int, question: Question) -> tuple[int, ...]:
-        """Read all of a sequence that is not for the pass with the candidates; returns what is."""
+    def _begin(self, name: tuple[str, int], i: int, question: Question, most: int) -> tuple[int, tuple[int, ...]]:
+        """Read of a sequence what is not for the pass with the candidates, `most` of it; how much, and what is left."""
         fresh, (source, shared) = question.fresh[i], question.shared[i]
         if not question.held[i]:
             self._forget(name)
@@ -107,13 +116,12 @@ class Reader:
             self._read[name] = 0
             if shared:
                 self._scorer.share((question.caller, source), name, shared)
-                fresh = fresh[shared:]
-            ahead = fresh[:-1]
-        else:
-            ahead = fresh[:-1] if len(fresh) > LAG else ()
+                self._read[name], fresh = shared, fresh[shared:]
+        ahead = fresh[:-1][:most] if len(fresh) > LAG or not question.held[i] else ()
         if ahead:
             self._scorer.extend([name], [ahead])
-        return fresh[len(ahead) :]
+            self._read[name] += len(ahead)
+        return len(ahead), fresh[len(ahead) :]
 
     def _forget(self, name: tuple[str, int]) -> None:
         self._asked.pop(name, None)

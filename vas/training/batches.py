@@ -47,12 +47,14 @@ class Batch:
         moved: dict[str, Any] = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in vars(self).items()}
         return Batch(**moved)
 
-    def attention_mask(self, dtype: torch.dtype) -> Tensor:
-        """Additive tree mask [B, 1, T, T]."""
-        segments = self.segments_BT
+    def attention_mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """Additive tree mask [B, 1, T, T]. window: how many tokens each sees at most, itself included."""
+        segments, positions = self.segments_BT, self.position_ids_BT
         causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
         own_BTT = segments[:, :, None] == segments[:, None, :]
         allowed_BTT = (own_BTT | (segments == _PROMPT)[:, None, :]) & causal
+        if window is not None:
+            allowed_BTT &= positions[:, :, None] - positions[:, None, :] < window
         return guidance.additive_mask(allowed_BTT[:, None], dtype)
 
 

@@ -69,6 +69,8 @@ def initialize(model: ValueModel, config: RunConfig, made: dict[str, Any]) -> An
         model_parameters=_parameter_groups(model, config),
         config=made,
     )
+    if engine.module.target is not None:
+        engine.module.target.float()  # in bfloat16 it could not take steps as small as an average's
     return engine
 
 

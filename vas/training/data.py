@@ -68,7 +68,7 @@ class Packed:
             yield Share(batches, len(step.rows), int(self._states_M[step.rows].sum()))
 
     def batches(self, size: int, rank: int, workers: int) -> Iterator[Batch]:
-        """One worker's part of all rows, in batches of like length."""
+        """One worker's part of all rows, in batches of like length; every worker gets as many."""
         return ahead(self._batches(size, rank, workers), AHEAD)
 
     def _batches(self, size: int, rank: int, workers: int) -> Iterator[Batch]:
@@ -81,6 +81,9 @@ class Packed:
             number += -(-len(rows) // size)
             files = self._read(np.array([file])) if mine else {}
             yield from (collate(self._rows(files, each)) for each in mine)
+        if number % workers and rank >= number % workers:  # ZeRO-3 gathers weights in every pass of any worker
+            files = self._read(self._file_M[:1])
+            yield collate(self._rows(files, np.array([0])), trained=False)
 
     def _read(self, files: np.ndarray) -> dict[int, pa.Table]:
         return {file: storage.read_table([packed_file(self._location, file)]) for file in files.tolist()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from vas import storage
 from vas.config import Train
+from vas.configfile import merge
 from vas.errors import VasError
 
 # What DeepSpeed must have from us: a step holds the same rows whatever the JSON says
@@ -83,12 +84,3 @@ def _users(train: Train) -> dict[str, Any]:
 def _without_auto(given: dict[str, Any]) -> dict[str, Any]:
     cleaned = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in given.items()}
     return {key: value for key, value in cleaned.items() if value != "auto"}
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` merged into it, mapping by mapping."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged

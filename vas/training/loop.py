@@ -54,6 +54,7 @@ class _Training:
             for epoch in range(self._config.train.epochs)
         ]
         self._speed = Speed(self._objective.model.backbone, built.engine.device)
+        self._rows = 0
 
     def run(self) -> None:
         """What is left of the training."""
@@ -61,8 +62,8 @@ class _Training:
         with self._tracking() if self._rank == 0 else nullcontext() as tracking:
             if progress.resumed:
                 begun = self._epochs[progress.epoch].steps[: progress.step] if progress.epoch < train.epochs else []
-                rows = len(self._train) * progress.epoch + sum(len(step.rows) for step in begun)
-                self._report_rows(rows, f"going on after step {progress.step} of epoch {progress.epoch + 1}")
+                self._rows = len(self._train) * progress.epoch + sum(len(step.rows) for step in begun)
+                self._tell(f"going on after step {progress.step} of epoch {progress.epoch + 1}")
             while progress.epoch < train.epochs and not history.hopeless(progress.history, train.patience):
                 self._epoch(tracking)
                 metrics = self._evaluate()
@@ -92,8 +93,8 @@ class _Training:
             figures = {"loss": loss, "lr": train.lr * rate} | self._speed.figures(share)
             if tracking is not None:
                 tracking.log(number + 1, figures)
-            self._report_rows(
-                share.rows,
+            self._rows += share.rows
+            self._tell(
                 f"epoch {progress.epoch + 1}, loss {loss:.3f}, {figures['tokens_per_s'] * self._workers:.0f} tokens/s, "
                 f"{figures['mfu']:.0%} of the product rate",
             )
@@ -152,9 +153,9 @@ class _Training:
         config = self._config
         return Tracking.open(config.train.track, config.name, self._settings["tracked"], config.model_dump(mode="json"))
 
-    def _report_rows(self, rows: int, note: str) -> None:
-        if self._rank == 0 and rows:
-            self._settings["board"].advance.remote(rows, note)
+    def _tell(self, note: str) -> None:
+        if self._rank == 0:
+            self._settings["board"].put.remote(self._rows, note)
 
 
 def _flat(metrics: dict[str, Any]) -> dict[str, float]:

@@ -71,6 +71,18 @@ class ValueObjective(nn.Module):
 
 def hidden_states(model: ValueModel, batch: Batch) -> Tensor:
     """The hidden state of every state of every response: [N, S, H]."""
-    mask = batch.attention_mask(next(model.backbone.parameters()).dtype)
-    hidden = model.hidden(batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=mask)
+    hidden = model.hidden(batch.input_ids_BT, position_ids=batch.position_ids_BT, attention_mask=_masks(model, batch))
     return hidden[batch.row_N[:, None], batch.state_NS]
+
+
+def _masks(model: ValueModel, batch: Batch) -> Tensor | dict[str, Tensor]:
+    """The batch's mask as the backbone takes it: one, or one for each kind of layers where some have a window."""
+    config, dtype = model.backbone.config, next(model.backbone.parameters()).dtype
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return batch.attention_mask(dtype, window)
+    whole = batch.attention_mask(dtype)
+    if "sliding_attention" not in kinds:
+        return whole
+    return {"full_attention": whole, "sliding_attention": batch.attention_mask(dtype, window)}

@@ -115,17 +115,18 @@ def lengths(packed: pa.Table) -> tuple[list[int], list[int]]:
 
 def pack(table: pa.Table, objectives: list[str], translation: Translation | None = None) -> pa.Table:
     """Rollout rows to packed rows, in other tokens if asked; failed rollouts stay out."""
-    groups: dict[str, dict[str, Any]] = {}
+    full: list[dict[str, Any]] = []
+    open_: dict[str, dict[str, Any]] = {}
     for row in table.to_pylist():
         if row["error"] is None and translation is not None:
             row |= _translated(row, translation)
         if row["error"] is not None or not row["response_token_ids"]:
             continue
-        group = groups.get(row["prompt_id"])
+        group = open_.get(row["prompt_id"])
         size = len(row["response_token_ids"])
         if group is None or group["size"] + size > ROW_TOKENS:
-            if group is not None:  # full: keep it under another key
-                groups[f"{row['prompt_id']}/{len(groups)}"] = group
+            if group is not None:
+                full.append(group)
             group = {
                 "prompt": row["prompt_token_ids"],
                 "responses": [],
@@ -135,13 +136,13 @@ def pack(table: pa.Table, objectives: list[str], translation: Translation | None
                 "size": 0,
             }
             group["size"] = len(group["prompt"])
-            groups[row["prompt_id"]] = group
+            open_[row["prompt_id"]] = group
         group["responses"].append(row["response_token_ids"])
         group["rewards"].append([row["rewards"][name] for name in objectives])
         group["ended"].append(row["finish_reason"] == "stop")
         group["first"].append(row["roll_in_length"] or 0)
         group["size"] += size
-    return pa.Table.from_pylist(list(groups.values()), schema=PACKED_SCHEMA)
+    return pa.Table.from_pylist([*full, *open_.values()], schema=PACKED_SCHEMA)
 
 
 def _translated(row: dict[str, Any], translation: Translation) -> dict[str, Any]:

@@ -92,7 +92,13 @@ def _worker(settings: dict[str, Any]) -> None:
 
 def _check(config: RunConfig) -> None:
     """Find what every worker would stumble over. Raises VasError."""
-    deepspeed_config(config.train, config.resources.workers, config.resources.gpus_per_worker > 0)
+    made = deepspeed_config(config.train, config.resources.workers, config.resources.gpus_per_worker > 0)
+    if config.train.target_ema is not None and made["zero_optimization"].get("stage") == 3:
+        raise VasError(
+            "target_ema keeps a second network whole, which ZeRO stage 3 does not",
+            "train.deepspeed: zero_optimization.stage",
+            "take stage 2 or less",
+        )
     if config.value.extends is not None:
         from vas.models.value import (
             ValueModelConfig,
@@ -149,8 +155,9 @@ class _Board:
     def __init__(self) -> None:
         self._count, self._note = 0, ""
 
-    def advance(self, count: int, note: str) -> None:
-        self._count, self._note = self._count + count, note
+    def put(self, count: int, note: str) -> None:
+        """So many rows in all have been trained on; fewer than before where a worker goes on from a checkpoint."""
+        self._count, self._note = count, note
 
     def read(self) -> tuple[int, str]:
         return self._count, self._note
@@ -162,12 +169,12 @@ def _following(board: Any, tracker: Tracker) -> Iterator[None]:
     stop = threading.Event()
 
     def follow() -> None:
-        shown = 0
+        shown = 0, ""
         while not stop.wait(1.0):
             count, note = ray.get(board.read.remote())
-            if count > shown:
-                tracker.advance(count - shown, note)
-                shown = count
+            if (count, note) != shown:
+                tracker.advance(count - shown[0], note)
+                shown = count, note
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
