@@ -1,6 +1,7 @@
 """Bad input through the real command line: one readable block, exit code 2, and nothing lost."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ from command import message, tiny_content, tiny_run, vas
 from tiny import tiny_value
 
 from vas import storage
+from vas.cli.serve import serve_forever
+from vas.config import load_config
+from vas.errors import VasError
+from vas.run.directory import RunDirectory
+from vas.run.stages import prepare
+from vas.serving.keys import load_keys
 
 REWARDS = '''
 def bad(prompts, responses):
@@ -167,6 +174,45 @@ def test_the_run_directory_of_another_config(write, tmp_path):
         assert f"where: {run.location}" in text
         assert "--set name=" in text
     assert contents(run.location) == before
+
+
+def test_a_reward_that_changes_within_a_run(write, tmp_path):
+    module = tmp_path / "changing.py"
+    module.write_text("def good(prompts, responses):\n    return [1.0 for _ in responses]\n")
+    file = write(
+        rewards={"good": {"use": f"python:{module}:good"}}, evaluation={"strengths": [{"good": 1}], "best_of": []}
+    )
+    prepare(run := RunDirectory.create(load_config(str(file))))
+    module.write_text("def good(prompts, responses):\n    return [2.0 for _ in responses]\n")
+    text = refused("rollout", file)
+    assert "the reward 'good' has changed since this run began" in text
+    assert f"--from {run.location}" in text.replace("\n", " ")
+
+
+def test_a_port_that_is_taken(trained):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(VasError, match=rf"cannot listen there: Address already in use(.|\n)*127.0.0.1:{port}"):
+            serve_forever(trained.location, [], "127.0.0.1", port)
+
+
+@pytest.mark.parametrize("name", ["Alice Smith", ""])
+def test_a_name_for_a_key_that_its_file_could_not_hold(name):
+    assert "name: " in refused("key", name)
+
+
+def test_a_name_for_a_key_that_looks_like_a_number(tmp_path):
+    file = tmp_path / "keys.yaml"
+    file.write_text("keys:\n" + vas("key", "2024").stdout)
+    assert [key.name for key in load_keys(str(file))] == ["2024"]
+
+
+@pytest.mark.parametrize("content", ["applications: []", "applications: 3"])
+def test_a_config_to_deploy_without_an_application(tmp_path, content):
+    file = tmp_path / "serve.yaml"
+    file.write_text(content)
+    with pytest.raises(VasError, match="there is no application in this config"):
+        serve_forever(str(file), [], "127.0.0.1", 0)
 
 
 def test_a_run_that_is_not_there(trained):

@@ -8,7 +8,11 @@ from tiny import tiny_tokenizer
 from vas.errors import VasError
 from vas.serving.calls import Objective
 from vas.serving.config import Gate
+from vas.serving.gateway import Gateway
 from vas.serving.requests import Served
+
+# of Serve's ends of gateways that it has not begun
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine")
 
 TONE = Objective("tone", "default", "colocated", "0", "scalar", 0.0, 1.0, "1", False)
 SERVED = Served("tiny", tiny_tokenizer(), {"tone": TONE}, 1024)
@@ -33,6 +37,32 @@ def test_guidance_that_requests_could_not_ask_for_is_refused(gate, what, where):
         SERVED.check_gate(Gate.model_validate(gate))
     assert what in error.value.what
     assert error.value.where == where
+
+
+def gateway(**first) -> Gateway:
+    """As it comes up, with the gate of its arguments."""
+    made = object.__new__(Gateway)
+    made.served, made._first, made._configured = SERVED, Gate.model_validate(first), False
+    made._take_over({})
+    return made
+
+
+def test_a_gateway_that_is_up_outlives_a_mistake_in_its_new_gate(tmp_path):
+    door = gateway(limits={"strengths": {"tone": [0, 0]}, "n": 3}, system="Be kind.")
+    door.reconfigure({"limits": {"max_tokens": 7}})
+    before = door.gate
+    assert before.limits.bounds("tone") == (0, 0)  # what the change does not name stays
+    assert (before.limits.n, before.limits.max_tokens, before.system) == (3, 7, "Be kind.")
+    for wrong in ({"presets": {"kind": {"objectives": {"tune": 1}}}}, {"limts": {}}, {"keys": str(tmp_path / "none")}):
+        door.reconfigure(wrong)
+        assert door.gate is before
+
+
+def test_a_gateway_does_not_come_up_with_a_mistake_in_its_gate(tmp_path):
+    with pytest.raises(VasError, match="limts: unknown key"):
+        gateway().reconfigure({"limts": {}})
+    with pytest.raises(VasError):
+        gateway().reconfigure({"keys": str(tmp_path / "none")})
 
 
 def test_guidance_within_the_bounds_is_let_in():

@@ -16,7 +16,7 @@ from vas import config, s3, storage
 from vas.errors import VasError
 from vas.models.value import ValueModel
 from vas.prompts import load_prompts
-from vas.run.directory import RunDirectory
+from vas.run.directory import RunDirectory, place_of
 
 TABLE = pa.table({"id": [1, 2, 3], "text": ["fox", "dög", None], "tokens": [[1, 2], [], [3]]})
 
@@ -52,6 +52,26 @@ def test_a_location_is_made_absolute_unless_it_is_remote(tmp_path, monkeypatch):
     assert storage.absolute("runs/demo") == str(tmp_path / "runs" / "demo")
     assert storage.absolute("file:///data/runs") == "/data/runs"
     assert storage.absolute("s3://bucket/runs") == "s3://bucket/runs"
+
+
+@pytest.mark.parametrize("location", ["s3://", "s3:///runs", "s3://bucket//runs/demo"])
+def test_an_s3_location_with_nothing_where_a_name_belongs_is_refused(location):
+    with pytest.raises(VasError, match="an S3 location has a bucket"):
+        storage.kind_of(location)
+
+
+def test_an_s3_endpoint_that_is_no_url_is_said(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:8333")
+    with pytest.raises(VasError, match=r"cannot use this S3 endpoint(.|\n)*AWS_ENDPOINT_URL=localhost:8333"):
+        storage.kind_of("s3://bucket/runs")
+
+
+def test_a_run_cannot_be_a_bucket():
+    assert place_of("s3://bucket/runs/demo/") == ("s3://bucket/runs", "demo")
+    assert place_of("s3://bucket/demo") == ("s3://bucket", "demo")
+    assert place_of("/demo") == ("/", "demo")
+    with pytest.raises(VasError, match="cannot be a whole bucket"):
+        place_of("s3://bucket")
 
 
 def test_an_unknown_kind_of_uri_is_refused():

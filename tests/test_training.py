@@ -9,12 +9,13 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_objective, tiny_value
 
-from vas import guidance, schema
+from vas import guidance, schema, storage
 from vas.models.value import ValueModel
 from vas.training.batches import collate
+from vas.training.data import Packed
 from vas.training.metrics import CALIBRATION_BINS, Held, calibration, explained_variance
 from vas.training.objective import ValueObjective
-from vas.training.packing import PACKED_SCHEMA, ROW_TOKENS, pack
+from vas.training.packing import PACKED_SCHEMA, ROW_TOKENS, lengths, pack, packed_file, write_index
 
 VOCAB = 290
 
@@ -100,7 +101,37 @@ def test_a_response_longer_than_a_row_still_has_one():
     assert [len(row["responses"]) for row in packed([rollout("a", [5], response), rollout("a", [5], [6])])] == [1, 1]
 
 
+def test_a_full_row_takes_no_other_prompts_name():
+    """A prompt may be called as another one's next row might be."""
+    prompts = {"x": [5], "x/0": [6], "x/1": [7], "x/2": [8]}
+    long = [9] * (ROW_TOKENS - 1)
+    rows = packed(
+        [rollout(name, prompt, response) for name, prompt in prompts.items() for response in (long, [1], [2])]
+    )
+    assert sorted((row["prompt"], row["responses"]) for row in rows) == sorted(
+        (prompt, responses) for prompt in prompts.values() for responses in ([long], [[1], [2]])
+    )
+
+
 # --- batches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_every_worker_runs_as_many_batches(tmp_path, workers):
+    """Where workers share a model's weights, each waits in every pass for all the others."""
+    files = [
+        packed([rollout(f"{file}-{n}", [5], [n + 6]) for n in range(count)]) for file, count in enumerate((0, 5, 3))
+    ]
+    tables = [pa.Table.from_pylist(rows, schema=PACKED_SCHEMA) for rows in files]
+    for number, table in enumerate(tables):
+        storage.write_table(packed_file(str(tmp_path), number), table)
+    write_index(str(tmp_path), [lengths(table) for table in tables])
+    shares = [list(Packed(str(tmp_path)).batches(2, rank, workers)) for rank in range(workers)]
+    assert len({len(share) for share in shares}) == 1
+    trained = [batch for share in shares for batch in share if batch.trained_NS.any()]
+    assert sorted(token for batch in trained for token in batch.input_ids_BT[:, 1].tolist()) == sorted(
+        row["responses"][0][0] for rows in files for row in rows
+    )
 
 
 def test_states_are_the_prompts_end_and_every_token_of_the_response():

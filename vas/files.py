@@ -43,7 +43,7 @@ def absolute(location: str) -> str:
 def filesystem(location: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow filesystem of a location, and the path inside it."""
     if location.startswith("s3://"):
-        if "//" in f"/{location[5:].rstrip('/')}":
+        if not location[5:] or "//" in f"/{location[5:].rstrip('/')}":
             raise VasError(
                 "an S3 location has a bucket, and nothing empty in its path", location, "e.g. s3://bucket/runs"
             )
