@@ -59,6 +59,13 @@ def config_of(make_config: ConfigMaker, *overrides: str) -> RunConfig:
     return parse_config(override(content, overrides), "this test")
 
 
+def resumed(checkpoint: Path) -> list[int]:
+    """Steps after which a training went on from a checkpoint."""
+    return [
+        step for epoch in json.loads((checkpoint / "training.json").read_text()) for step in epoch.get("resumed", [])
+    ]
+
+
 def losses(checkpoint: Path) -> list[float]:
     return [loss for epoch in json.loads((checkpoint / "training.json").read_text()) for loss in epoch["losses"]]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fits import assert_same_training, losses, workers
+from fits import assert_same_training, losses, resumed, workers
 
 from vas.models.value import ValueModel
 from vas.training.history import best
