@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 from tiny import tiny_tokenizer
 
+from vas.decoding.cache import allocated
 from vas.errors import VasError
 from vas.serving.calls import Objective
 from vas.serving.config import Gate
-from vas.serving.gateway import Gateway
-from vas.serving.requests import Served
+from vas.serving.gateway import CHAT_TOKENS, Gateway
+from vas.serving.keys import Doorkeeper
+from vas.serving.protocol import ChatRequest, parse
+from vas.serving.requests import Encoded, Served
 
 # of Serve's ends of gateways that it has not begun
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine")
 
 TONE = Objective("tone", "default", "colocated", "0", "scalar", 0.0, 1.0, "1", False)
+CHAT = [{"role": "user", "content": "How was your day?"}]
 SERVED = Served("tiny", tiny_tokenizer(), {"tone": TONE}, 1024)
 
 
@@ -63,6 +70,20 @@ def test_a_gateway_does_not_come_up_with_a_mistake_in_its_gate(tmp_path):
         gateway().reconfigure({"limts": {}})
     with pytest.raises(VasError):
         gateway().reconfigure({"keys": str(tmp_path / "none")})
+
+
+@pytest.mark.parametrize("doubling", [False, True])
+def test_a_chat_that_names_no_length_gets_what_there_is_room_for(doubling):
+    served = replace(SERVED, room=None, kv_tokens=20_000, doubling=doubling)
+    guidance = {"objectives": {"tone": 1}, "schedule": "block:8", "candidates": 20}
+    for extra, rows in (({}, 1), ({"guidance": guidance}, 20)):
+        body = parse(ChatRequest, json.dumps({"model": "tiny", "messages": CHAT, **extra}).encode())
+        caller = Doorkeeper(None).admit(None)
+        [request] = served.requests(body, Gate(), caller, [Encoded([5] * 100)], "id", CHAT_TOKENS)
+        length = 100 + request.sampling.max_tokens
+        assert request.sampling.max_tokens == 2048 or allocated(rows, length, doubling) <= 20_000
+        assert request.sampling.max_tokens == 2048 or allocated(rows, length + 1, doubling) > 20_000
+    assert length < 2148
 
 
 def test_guidance_within_the_bounds_is_let_in():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -96,12 +97,17 @@ def write_table_stream(location: str, tables: Iterable[pa.Table], schema: pa.Sch
     return rows
 
 
-def read_table(locations: list[str], schema: pa.Schema | None = None, columns: list[str] | None = None) -> pa.Table:
-    """Read and concatenate Parquet files."""
+def read_table(
+    locations: list[str],
+    schema: pa.Schema | None = None,
+    columns: list[str] | None = None,
+    where: pc.Expression | None = None,
+) -> pa.Table:
+    """Read and concatenate Parquet files. where: of the rows to keep; of the others one file at a time is in memory."""
     tables = []
     for location in locations:
         fs, path = filesystem(location)
-        tables.append(_read(location, partial(pq.read_table, path, filesystem=fs, columns=columns)))
+        tables.append(_read(location, partial(pq.read_table, path, filesystem=fs, columns=columns, filters=where)))
     if not tables:
         return (schema or pa.schema([])).empty_table()
     return pa.concat_tables(tables, promote_options="default")

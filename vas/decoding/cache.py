@@ -171,6 +171,14 @@ def allocated(rows: int, width: int, doubling: bool = False) -> int:
     return _rows(rows, doubling) * _columns(width + 1, doubling)
 
 
+def widest(limit: int, rows: int, doubling: bool = False) -> int:
+    """Tokens that each of so many sequences may have at most, if `allocated` is to be within a limit."""
+    columns = limit // _rows(rows, doubling)
+    step = COLUMNS if not doubling else DOUBLING if columns >= DOUBLING else 1 << max(columns.bit_length() - 1, 0)
+    whole = columns // step * step
+    return max(0, whole - 1) if not doubling or whole >= 2 * COLUMNS else 0
+
+
 def _columns(number: int, doubling: bool) -> int:
     """In steps of 64; or doubling from 128 to 1,024, and then in steps of that."""
     if not doubling:

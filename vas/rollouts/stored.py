@@ -106,9 +106,10 @@ def _file(location: str, name: str) -> str:
     return storage.join(location, name + SUFFIX)
 
 
-def read_rollouts(location: str, columns: Iterable[str] | None = None) -> pa.Table:
-    """All committed rows under a location."""
-    return storage.read_table(storage.list_files(location, SUFFIX), columns=list(columns) if columns else None)
+def read_rollouts(location: str, columns: Iterable[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
+    """All committed rows under a location, or those that `where` keeps."""
+    files = storage.list_files(location, SUFFIX)
+    return storage.read_table(files, columns=list(columns) if columns else None, where=where)
 
 
 def by_prompt(rollouts: pa.Table) -> dict[str, list[dict[str, Any]]]:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from vas import storage
 from vas.config import RunConfig
 from vas.errors import VasError
 from vas.models.base import load_base, quieten
 from vas.models.value import ValueModel, ValueModelConfig, check_tokenizers
 from vas.progress import console
+from vas.rollouts.stored import read_rollouts
 from vas.run.directory import RunDirectory
 from vas.training.card import heading
 from vas.training.distill import EPOCHS, distill
@@ -57,8 +57,8 @@ def distill_run(location: str, name: str = "vocab", epochs: int | None = None) -
 
 def training_rows(run: RunDirectory) -> list[dict[str, Any]]:
     """The run's rollouts that are not held out, packed by prompt. Raises VasError if there are too few."""
-    table = storage.read_table(storage.list_files(run.rollouts, ".parquet"), columns=COLUMNS)
-    rows = pack(table.filter(pc.invert(table["held_out"])), list(run.config.rewards)).to_pylist()
+    table = read_rollouts(run.rollouts, COLUMNS, where=~pc.field("held_out"))
+    rows = pack(table, list(run.config.rewards)).to_pylist()
     if len(rows) < 2:
         raise VasError("distillation needs rollouts of two training prompts or more", run.rollouts)
     return rows

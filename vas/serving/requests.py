@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from vas.decoding.cache import widest
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.errors import VasError, nearest
 from vas.models.base import context_length, encode_prompt, load_pretrained, load_tokenizer
@@ -38,6 +39,9 @@ class Served:
     objectives: dict[str, Objective]
     room: int | None
     """Longest sequence that all models have positions for."""
+    kv_tokens: int | None = None
+    """Limit of a replica's KV cache; doubling: whether it grows so, as on a GPU."""
+    doubling: bool = False
 
     @classmethod
     def of(cls, settled: Settled, digests: dict[str, str]) -> Served:
@@ -72,7 +76,8 @@ class Served:
                 )
         known = [room for room in rooms if room is not None]
         tokenizer = load_tokenizer(base.tokenizer_id, base.revision)
-        return cls(settled.name, tokenizer, objectives, min(known) if known else None)
+        room, doubling = min(known) if known else None, bool(settled.serving.replicas.gpus) and not base.called
+        return cls(settled.name, tokenizer, objectives, room, settled.serving.kv_tokens, doubling)
 
     def models(self, gate: Gate) -> list[str]:
         """Names that clients may use: the base model, and each preset."""
@@ -173,18 +178,19 @@ class Served:
         guidance = self._guidance(body, gate, caller)
         seed, requests = body.first_seed, []
         for p, prompt in enumerate(prompts):
-            longest = self._longest(body, gate, len(prompt.tokens), default)
+            longest = self._longest(body, gate, len(prompt.tokens), default, guidance.rows)
             for i in range(n):
                 sampling = self._sampling(body, longest, seed + p * n + i)
                 name = f"{answer_id}-{p * n + i}"
                 requests.append(Request(name, tuple(prompt.tokens), sampling, guidance, messages=prompt.messages))
         return requests
 
-    def _longest(self, body: SamplingBody, gate: Gate, prompt: int, default: int) -> int:
+    def _longest(self, body: SamplingBody, gate: Gate, prompt: int, default: int, rows: int) -> int:
         room = gate.limits.max_tokens if self.room is None else min(gate.limits.max_tokens, self.room - prompt)
         asked = body.longest
         if asked is None:
-            return min(default, room)
+            held = room if self.kv_tokens is None else widest(self.kv_tokens, rows, self.doubling) - prompt
+            return max(1, min(default, room, held))
         if asked > gate.limits.max_tokens:
             raise ApiError(400, f"max_tokens may be {gate.limits.max_tokens} at most", "max_tokens")
         if asked > room:
