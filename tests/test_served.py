@@ -18,6 +18,7 @@ from vas.decoding.loop import Loop
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.errors import Rejected, VasError
+from vas.models.answers import Answer
 from vas.models.base import encode_prompt, load_base
 from vas.models.served import ServedModel, open_base
 from vas.models.server import Ask, Prefix
@@ -191,6 +192,22 @@ def test_every_form_of_server_is_guided_alike(served, change, alter, form):
         [found] = guided_by_any(other).generate([asked(other, "r", beta=-0.5, temperature=0.0, max_tokens=8)])
     assert found.text == expected.text
     assert found.guided_logprobs == pytest.approx(expected.guided_logprobs, abs=0.05)
+
+
+def test_halves_of_characters_are_none_of_what_is_drawn(served, monkeypatch):
+    """Where text is sent they cannot be, however likely: what has not been told is drawn without them."""
+    half = served.tokenizer("🦊", add_special_tokens=False).input_ids[0]
+    with served_behind(served.server.client.url, text_only) as model:
+        monkeypatch.setattr(model, "_told", lambda *_: [(half, math.log(0.6)), (50, math.log(0.3))])
+        prefix = Prefix(model.tokenizer("Hello").input_ids, (), CHAT)
+        ahead = model.ahead(prefix).result()
+        assert (ahead.tokens, ahead.torn) == ((50,), (half,))
+        assert math.exp(ahead.rest) == pytest.approx(0.1)
+        forbidden = []
+        monkeypatch.setattr(model, "_ask", lambda prefix, ask: forbidden.append(ask.logit_bias) or [{}])
+        monkeypatch.setattr(model, "_answer", lambda choice: Answer([60], "", "length", [-1.0]))
+        assert model.draw(prefix, ahead, 0).result() == (60, -1.0)
+        assert forbidden == [dict.fromkeys((50, half), -100.0)]
 
 
 def test_a_server_that_begins_anew_is_guided_by_whole_responses(served):

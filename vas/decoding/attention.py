@@ -79,7 +79,7 @@ class Pass:
     def _flat(self, grid_BTX: Tensor) -> Tensor:
         """The padded grid [B, T, ...] back to [N, ...]."""
         flat = grid_BTX.reshape(-1, *grid_BTX.shape[2:])
-        return flat if self._slot_N is None else flat[self._slot_N]
+        return flat if self._slot_N is None else flat.index_select(0, self._slot_N)
 
     def _mask(self, window: int | None, dtype: torch.dtype, group: int = 1, shared: int = 1) -> Tensor:
         """Additive mask over the columns that are read [B · shared, 1, T · group, columns]; layers share it."""

@@ -203,7 +203,7 @@ class Guide:
 
 def _some(tensor: Tensor, rows: list[int]) -> Tensor:
     """Some rows of a tensor; all of them without a copy."""
-    return tensor if len(rows) == len(tensor) else tensor[upload(rows, tensor.device)]
+    return tensor if len(rows) == len(tensor) else tensor.index_select(0, upload(rows, tensor.device))
 
 
 def _with(tensor: Tensor, rows: list[int], other: Tensor) -> Tensor:

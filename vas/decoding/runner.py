@@ -169,4 +169,4 @@ class ModelRunner:
         self.cache.grow(max(self.cache.lengths[owner] for owner in branches))
         chosen = as_tensor(list(branches.values()))
         for layer, states in enumerate(where.branches):
-            self.cache.write(layer, rows, places, states[chosen])
+            self.cache.write(layer, rows, places, states.index_select(0, chosen))

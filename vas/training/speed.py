@@ -16,11 +16,13 @@ class Speed:
     """Tokens per second of this worker, and the share of the machine's product rate that they make."""
 
     def __init__(self, backbone: nn.Module, device: torch.device) -> None:
-        dtype = next(backbone.parameters()).dtype
-        self._rate, self._flops = product_rate(device, dtype), flops_per_token(backbone)
+        self._device, self._dtype = device, next(backbone.parameters()).dtype
+        self._rate, self._flops = 0.0, flops_per_token(backbone)
 
     def start(self) -> None:
         """An epoch begins."""
+        # the best of what was measured: others may have had the machine meanwhile
+        self._rate = max(self._rate, product_rate(self._device, self._dtype))
         self._tokens, self._started = 0, time.monotonic()
 
     def figures(self, share: Share) -> dict[str, float]:
