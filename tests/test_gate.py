@@ -10,9 +10,10 @@ from tiny import tiny_tokenizer
 
 from vas.decoding.cache import allocated
 from vas.errors import VasError
+from vas.serving.answers import ChatAnswer
 from vas.serving.calls import Objective
 from vas.serving.config import Gate
-from vas.serving.gateway import CHAT_TOKENS, Gateway
+from vas.serving.gateway import Gateway
 from vas.serving.keys import Doorkeeper
 from vas.serving.protocol import ChatRequest, parse
 from vas.serving.requests import Encoded, Served
@@ -79,7 +80,7 @@ def test_a_chat_that_names_no_length_gets_what_there_is_room_for(doubling):
     for extra, rows in (({}, 1), ({"guidance": guidance}, 20)):
         body = parse(ChatRequest, json.dumps({"model": "tiny", "messages": CHAT, **extra}).encode())
         caller = Doorkeeper(None).admit(None)
-        [request] = served.requests(body, Gate(), caller, [Encoded([5] * 100)], "id", CHAT_TOKENS)
+        [request] = served.requests(body, Gate(), caller, [Encoded([5] * 100)], "id", ChatAnswer.longest)
         length = 100 + request.sampling.max_tokens
         assert request.sampling.max_tokens == 2048 or allocated(rows, length, doubling) <= 20_000
         assert request.sampling.max_tokens == 2048 or allocated(rows, length + 1, doubling) > 20_000

@@ -85,7 +85,8 @@ class KVCache:
         assert length <= self.lengths[source], "only what the source holds"
         self.grow(length)
         self.lengths[target] = length
-        self._copy(self.row_of[source], self.row_of[target], length)
+        if source != target:
+            self._copy(self.row_of[source], self.row_of[target], length)
 
     def _copy(self, source: int, target: int, length: int) -> None:
         if not length:  # and perhaps no memory yet

@@ -36,6 +36,8 @@ class Answer:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    longest = 16
+    """Tokens of a response that names no length; as OpenAI's."""
     prefix = "cmpl-"
     kind = "text_completion"
     chunk_kind = "text_completion"
@@ -105,6 +107,7 @@ class Answer:
 class ChatAnswer(Answer):
     """The form of chat completions."""
 
+    longest = 1 << 30  # as many as there is room for
     prefix = "chatcmpl-"
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"

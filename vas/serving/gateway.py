@@ -34,8 +34,6 @@ from vas.serving.relay import Choice, relay
 from vas.serving.requests import Encoded, Served
 from vas.serving.scrape import scrape
 
-COMPLETION_TOKENS = 16  # of a completion that says nothing, as OpenAI's
-CHAT_TOKENS = 1 << 30  # of a chat: as many as there is room for
 PLAYGROUND = Path(__file__).with_name("playground.html").read_text()
 logger = logging.getLogger("ray.serve.vas")
 
@@ -141,7 +139,7 @@ class Gateway:
         """Answer a chat."""
         body: ChatRequest = parse(ChatRequest, await self._body(request))
         tokens = [await asyncio.to_thread(self.served.encode, self.gate, body.messages)]
-        return await self._respond(request, body, tokens, ChatAnswer, CHAT_TOKENS)
+        return await self._respond(request, body, tokens, ChatAnswer)
 
     @app.post("/v1/completions", **openapi.completion)
     async def completion(self, request: Request) -> Response:
@@ -150,7 +148,7 @@ class Gateway:
         if len(body.prompts) > self.gate.limits.n:
             raise ApiError(400, f"there are {len(body.prompts)} prompts, more than {self.gate.limits.n}", "prompt")
         tokens = [await self._tokens(prompt) for prompt in body.prompts]
-        return await self._respond(request, body, tokens, Answer, COMPLETION_TOKENS)
+        return await self._respond(request, body, tokens, Answer)
 
     @app.post("/v1/score", **openapi.score)
     async def score(self, request: Request) -> dict[str, Any]:
@@ -206,11 +204,11 @@ class Gateway:
         return PlainTextResponse(await scrape(), media_type="text/plain; version=0.0.4")
 
     async def _respond(
-        self, request: Request, body: SamplingBody, prompts: list[Encoded], form: type[Answer], default: int
+        self, request: Request, body: SamplingBody, prompts: list[Encoded], form: type[Answer]
     ) -> Response:
         caller, tokenizer = _caller(request), self.served.tokenizer
         answer = form(body.model, tokenizer, sum(len(prompt.tokens) for prompt in prompts), body.likeliest)
-        requests = self.served.requests(body, self.gate, caller, prompts, uuid.uuid4().hex, default)
+        requests = self.served.requests(body, self.gate, caller, prompts, uuid.uuid4().hex, form.longest)
         caller.spend(answer.prompt_tokens + sum(each.sampling.max_tokens for each in requests))
         self.metrics.strengths(requests[0].guidance.objectives)
         choices = [Choice(each) for each in requests]
