@@ -1,20 +1,23 @@
 """Bad input through the real command line: one readable block, exit code 2, and nothing lost."""
 
+import contextlib
 import json
 import socket
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from command import message, tiny_content, tiny_run, vas
 from tiny import tiny_value
 
-from vas import storage
+from vas import schema, storage
 from vas.cli.serve import serve_forever
 from vas.config import load_config
 from vas.errors import VasError
+from vas.rewards import load_rewards
 from vas.run.directory import RunDirectory
-from vas.run.stages import prepare
+from vas.run.stages import _check_rewards, prepare
 from vas.serving.keys import load_keys
 
 REWARDS = '''
@@ -183,10 +186,18 @@ def test_a_reward_that_changes_within_a_run(write, tmp_path):
         rewards={"good": {"use": f"python:{module}:good"}}, evaluation={"strengths": [{"good": 1}], "best_of": []}
     )
     prepare(run := RunDirectory.create(load_config(str(file))))
+    versions = {name: reward.version for name, reward in load_rewards(run.config.rewards).items()}
+    storage.write_bytes(run.path("rollouts", "rewards.json"), json.dumps(versions).encode())
     module.write_text("def good(prompts, responses):\n    return [2.0 for _ in responses]\n")
-    text = refused("rollout", file)
-    assert "the reward 'good' has changed since this run began" in text
-    assert f"--from {run.location}" in text.replace("\n", " ")
+    for error in ("the reward failed", None):
+        row = {"prompt_id": "a", "error": error}
+        table = pa.Table.from_pylist([row], schema=schema.rollout_schema(["good"]))
+        storage.write_table(run.path("rollouts", "round=0", "a.parquet"), table)
+        refusal = pytest.raises(VasError, match="'good' has changed since this run")
+        with contextlib.nullcontext() if error else refusal:  # as long as nothing is scored it may be mended
+            _check_rewards(run)
+        storage.write_bytes(run.path("rollouts", "rewards.json"), json.dumps(versions).encode())
+    assert "`vas rollout CONFIG --from" in refused("rollout", file)
 
 
 def test_a_port_that_is_taken(trained):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -38,7 +40,7 @@ class Replicas:
 
     def __init__(self, count: int = 1, faults: float = 0.0, kv_tokens: int | None = None, most: int = AT_ONCE) -> None:
         self._count, self._faults, self._kv_tokens, self._most = count, faults, kv_tokens, most
-        self._chance = random.Random(0)
+        self._chance, self._lock = random.Random(0), threading.Lock()
         self._readers: dict[str, Reader] = {}
         self._born = 0
         self.calls = self.missed = self.parts = 0
@@ -46,6 +48,10 @@ class Replicas:
 
     def ask(self, replica: str | None, question: Question) -> Done:
         """Answer as a replica does: the one that is named if it lives, else another."""
+        with self._lock:  # of several callers
+            return self._answer(replica, question)
+
+    def _answer(self, replica: str | None, question: Question) -> Done:
         if self.down:
             return Done(ConnectionError("nobody is there"))
         if self.hung:
@@ -84,9 +90,9 @@ def requests(schedule: str = "token") -> list[Request]:
     return made
 
 
-def remote(replicas: Replicas, **options) -> RemoteScorer:
+def remote(replicas: Replicas, caller: str = "base 1", **options) -> RemoteScorer:
     """The scorer that asks them."""
-    return RemoteScorer("value", ("positive",), 1024, False, replicas.ask, "base 1", **options)
+    return RemoteScorer("value", ("positive",), 1024, False, replicas.ask, caller, **options)
 
 
 def decode(scorer, schedule: str, **options) -> list[tuple[list[int], float]]:
@@ -126,6 +132,16 @@ def test_long_prompts_are_read_in_parts(monkeypatch, faults):
     replicas = Replicas(2, faults=faults, most=8)
     assert decode(remote(replicas), "token") == decode(ValueScorer("value", tiny_value()), "token")
     assert replicas.parts
+
+
+def test_callers_that_push_each_other_out_get_to_an_end(monkeypatch):
+    monkeypatch.setattr("vas.serving.value.LAG", 4)
+    expected = decode(ValueScorer("value", tiny_value()), "token")
+    replicas = Replicas(1, kv_tokens=640, most=8)  # there is room for the sequences of one of them
+    with ThreadPoolExecutor(2) as threads:
+        scorers = [remote(replicas, caller=caller) for caller in ("base 1", "base 2")]
+        assert list(threads.map(lambda scorer: decode(scorer, "token"), scorers)) == [expected, expected]
+    assert replicas.missed
 
 
 def test_a_step_without_an_answer_is_the_base_models():

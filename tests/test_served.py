@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from naive import assert_within, drain
 from openai_server import proxy
 from tiny import tiny_value
 
@@ -256,6 +257,17 @@ def test_what_is_not_told_is_drawn_while_others_go_on(served):
     )
     [alone] = guided_by_any(few).generate(requests[:1])
     assert alone.token_ids[0] == found[0].token_ids[0]
+
+
+def test_room_is_there_for_a_block_that_comes_whole(served):
+    requests = [asked(served, str(i), "block:40", seed=i, max_tokens=40) for i in range(3)]
+    whole = guided_by_any(served).generate(requests)
+    scorers = guided_by_any(served)._scorers
+    engine = Engine(served, scorers, kv_tokens=1024)  # of two blocks' continuations, no more
+    for each in requests:
+        engine.add(each)
+    found = drain(engine, lambda: assert_within(1024, [scorer._runner.cache for scorer in scorers]))
+    assert {name: each.token_ids for name, each in found.items()} == {each.request_id: each.token_ids for each in whole}
 
 
 def test_room_is_counted_as_the_value_models(served):

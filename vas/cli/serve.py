@@ -104,7 +104,8 @@ def _check_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise VasError(f"cannot listen there: {error.strerror}", f"{host}:{port}", "take another --port") from None
+        mend = "take another --port or --host"
+        raise VasError(f"cannot listen there: {error.strerror}", f"{host}:{port}", mend) from None
 
 
 def _reason() -> str:

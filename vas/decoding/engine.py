@@ -59,7 +59,8 @@ class Engine:
         self.clock = Clock()
         self._guide = Guide(scorers, base.eos_token_ids, base.device, self.clock, base.vocabulary)
         # models of one family differ in how many embeddings they have beyond those that are tokens
-        self._tokens = min(base.vocabulary, len(base.tokenizer))
+        known = max(*base.tokenizer.get_vocab().values(), *base.eos_token_ids)
+        self._tokens = min(base.vocabulary, known + 1)
         self.objectives = tuple(self._guide.objectives)
         self._runner: BaseRunner
         if isinstance(base, ServedModel):
@@ -89,7 +90,7 @@ class Engine:
             raise VasError("the prompt is empty", where, "give at least one token")
         if len(request.begun) >= request.sampling.max_tokens:
             raise VasError(f"the response has {len(request.begun)} tokens already", where, "raise max_tokens")
-        named = (*request.prompt_token_ids, *request.begun, *request.sampling.logit_bias)
+        named = (*request.prompt_token_ids, *request.sampling.logit_bias)
         for token in (min(named), max(named)):
             if not 0 <= token < self._tokens:  # would take every running sequence down with it
                 raise VasError(f"token id {token} is outside the vocabulary", where)
@@ -271,7 +272,7 @@ class Engine:
             drawn += self._advance(arrival.ahead) if arrival.ahead else []
             whole = [each for block in arrival.blocks for each in block.continuations]
             chosen = self._choose([*arrival.ahead, *whole])
-            # no model runs from here on: a step that fails has taken in nothing
+            # no model runs from here on: a step that fails has taken in no token
             for sequence, error in arrival.failed:
                 self._fail(sequence, error)
             tokens = [token for each in drawn for token in self._take_all(*each)]

@@ -62,7 +62,7 @@ def evaluate(config: RunConfig, prompts: Iterable[Prompt], inputs: Inputs) -> li
     failed = ", ".join(f"{count} × {kind}" for kind, count in summary.errors.items())
     inputs.about["guided responses"] = f"{summary.rows}" + (f", of which failed {failed}" if failed else "")
     if failed:
-        terminal.print(f"of {summary.rows} guided responses failed {failed}", highlight=False)
+        terminal.print(f"of {summary.rows} guided responses failed {failed}", highlight=False, markup=False)
     base = by_prompt(read_rollouts(inputs.rollouts, where=pc.field("held_out")))
     answers = read_rollouts(responses)
     guided = {plan.setting: by_prompt(answers.filter(pc.field("setting") == plan.setting)) for plan in plans}

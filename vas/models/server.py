@@ -99,8 +99,9 @@ class Server:
         """Whether it takes requests for log-probs; None until it is known."""
         self._served = spec.served_name or spec.model
         self._continuations: list[Continuation] | None = None
-        self._repeats = False  # the beginning that it goes on with
         """The way that works, if any does; None until it is known."""
+        self._repeats = False
+        """Whether it then repeats what it was given of the response."""
         self._usage: Counter[str] = Counter()
         self._lock, self._finding = threading.Lock(), threading.Lock()
 

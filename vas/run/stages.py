@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+import pyarrow.compute as pc
+
 from vas import storage
 from vas.config import RunConfig
 from vas.errors import VasError
@@ -68,8 +70,7 @@ def prepare(run: RunDirectory) -> StoredPrompts:
                 yield prompt
 
         prompts = store_prompts(file, counted())
-        versions = {name: reward.version for name, reward in load_rewards(run.config.rewards).items()}
-        about |= {"train": counts[False], "held_out": counts[True], "rewards": versions}
+        about |= {"train": counts[False], "held_out": counts[True]}
     console.print(f"prompts      {about['train']} to train on, {about['held_out']} held out", highlight=False)
     return prompts
 
@@ -263,16 +264,28 @@ def _stage(run: RunDirectory, name: str, body: Callable[[dict, Ledger | None], s
 
 
 def _check_rewards(run: RunDirectory) -> None:
-    """Scores of a run must all be the same rewards'. Raises VasError if one has changed since its prompts were read."""
-    known = run.about("prompts").get("rewards", {})
-    for name, reward in load_rewards(run.config.rewards).items():
-        if reward.version != known.get(name, reward.version):
-            raise VasError(
-                f"the reward '{name}' has changed since this run began: it was {known[name]}, and is {reward.version}",
-                run.location,
-                f"give a run with the new one another name; `vas rollout CONFIG --from {run.location}` takes over "
-                "what was sampled",
-            )
+    """All scores of a run must be the same rewards'. Raises VasError if one has changed since there were any."""
+    file = run.path("rollouts", "rewards.json")
+    now = {name: reward.version for name, reward in load_rewards(run.config.rewards).items()}
+    known = json.loads(storage.read_bytes(file)) if storage.exists(file) else {}
+    changed = [name for name, version in now.items() if version != known.get(name, version)]
+    if changed and _any_scored(run):
+        name = changed[0]
+        raise VasError(
+            f"the reward '{name}' has changed since this run began: it was {known[name]}, and is {now[name]}",
+            run.location,
+            f"restore it, or give the run another name: `vas rollout CONFIG --from {run.location}` scores its "
+            "responses anew",
+        )
+    if known != now and not run.done(_name("rollouts", run, 0)):
+        storage.write_bytes(file, json.dumps(now, indent=2).encode())
+
+
+def _any_scored(run: RunDirectory) -> bool:
+    """Whether any response has a reward."""
+    from vas.rollouts.stored import read_rollouts
+
+    return bool(len(read_rollouts(run.path("rollouts"), ["error"], where=pc.field("error").is_null())))
 
 
 def _about(run: RunDirectory) -> dict[str, str]:

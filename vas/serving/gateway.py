@@ -35,9 +35,9 @@ from vas.serving.requests import Encoded, Served
 from vas.serving.scrape import scrape
 
 PLAYGROUND = Path(__file__).with_name("playground.html").read_text()
-logger = logging.getLogger("ray.serve.vas")
-
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+logger = logging.getLogger("ray.serve.vas")
 
 app = FastAPI(title="VAS on Ray", version="1", description=openapi.ABOUT, redirect_slashes=False)
 app.add_middleware(Front)

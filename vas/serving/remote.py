@@ -58,6 +58,16 @@ class _Remote:
         self.held, self.replica, self.shared = 0, None, (0, 0)
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A step's question to one replica."""
+
+    rows: list[int]
+    call: Pending
+    deadline: float = 0.0
+    reply: Reply | None = None
+
+
 class RemoteScorer:
     """Asks the replicas of a value model; see the module's text.
 
@@ -127,19 +137,22 @@ class RemoteScorer:
         for row, index in enumerate(batch.rows):
             groups.setdefault(self._sequences[batch.sequences[index]].replica, []).append(row)
         started = time.perf_counter()
-        calls = [(replica, rows, self._begin(replica, rows, batch)) for replica, rows in groups.items()]
+        asked = [_Asked(rows, self._begin(replica, rows, batch)) for replica, rows in groups.items()]
 
         def answer() -> Answer:
-            deadline = time.monotonic() + self._patience
             values = torch.zeros(*batch.candidates_BK.shape, len(self.objectives))
-            positions, lost = [0] * len(batch.sequences), []
-            for replica, rows, call in calls:
-                reply = self._settled(replica, rows, call, batch, deadline)
+            positions, lost, waiting = [0] * len(batch.sequences), [], asked
+            for each in asked:
+                each.deadline = time.monotonic() + self._patience
+            while waiting:  # in rounds, so that no replica stands idle while another one is waited for
+                waiting = [each for each in waiting if not self._settles(each, batch)]
+            for each in asked:
+                reply = each.reply
                 if reply is None or reply.values_BKJ is None or reply.values_BKJ.shape[2] != len(self.objectives):
-                    lost += rows
+                    lost += each.rows
                     continue
-                values[rows] = torch.from_numpy(reply.values_BKJ)
-                for row, count in zip(rows, reply.positions, strict=True):
+                values[each.rows] = torch.from_numpy(reply.values_BKJ)
+                for row, count in zip(each.rows, reply.positions, strict=True):
                     positions[batch.rows[row]] = count
             self._measured(time.perf_counter() - started)
             if lost:
@@ -181,36 +194,39 @@ class RemoteScorer:
 
         return answer
 
-    def _settled(
-        self, replica: str | None, rows: list[int], call: Pending, batch: ScoreBatch, deadline: float
-    ) -> Reply | None:
-        """The reply with values, from whichever replica has them in the end; None if none has in time."""
-        members = [self._sequences[batch.sequences[batch.rows[row]]] for row in rows]
-        while True:
-            try:
-                reply = call.result(timeout_s=min(ATTEMPT, max(0.01, deadline - time.monotonic())))
-            except Exception as error:
-                with suppress(Exception):
-                    call.cancel()
-                for each in members:
-                    each.forget()
-                if time.monotonic() > deadline:
-                    return None
-                logger.warning("value model %s: a replica was lost (%s)", self.name, type(error).__name__)
-                time.sleep(PAUSE)
-                replica = None
-            else:
-                if not reply.missing:
-                    held = reply.held or [len(each.tokens) for each in members]
-                    for each, tokens in zip(members, held, strict=True):
-                        each.held, each.replica, each.shared = tokens, reply.replica, (0, 0)
-                    if not reply.held:
-                        return reply
-                    deadline = max(deadline, time.monotonic() + self._patience)  # it reads on
-                for place in reply.missing:
-                    members[place].forget()
-                replica = reply.replica
-            call = self._begin(replica, rows, batch)
+    def _settles(self, asked: _Asked, batch: ScoreBatch) -> bool:
+        """Wait for the call under way; whether it was the last: there are values, or the patience is at an end.
+
+        Else another call is under way, to whichever replica may have them.
+        """
+        members = [self._sequences[batch.sequences[batch.rows[row]]] for row in asked.rows]
+        replica = None
+        try:
+            reply = asked.call.result(timeout_s=min(ATTEMPT, max(0.01, asked.deadline - time.monotonic())))
+        except Exception as error:
+            with suppress(Exception):
+                asked.call.cancel()
+            for each in members:
+                each.forget()
+            logger.warning("value model %s: a replica was lost (%s)", self.name, type(error).__name__)
+        else:
+            replica = reply.replica
+            if not reply.missing:
+                held = reply.held or [len(each.tokens) for each in members]
+                for each, tokens in zip(members, held, strict=True):
+                    each.held, each.replica, each.shared = tokens, replica, (0, 0)
+                if not reply.held:
+                    asked.reply = reply
+                    return True
+                asked.deadline = time.monotonic() + self._patience  # it reads on
+            for place in reply.missing:
+                members[place].forget()
+        if time.monotonic() > asked.deadline:
+            return True
+        if replica is None:
+            time.sleep(PAUSE)
+        asked.call = self._begin(replica, asked.rows, batch)
+        return False
 
     def _begin(self, replica: str | None, rows: list[int], batch: ScoreBatch) -> Pending:
         members = [self._sequences[batch.sequences[batch.rows[row]]] for row in rows]
