@@ -95,6 +95,7 @@ class Material:
             "micro_batch_size": old.batch_size,
             "epochs": 2,
             "warmup": 0,
+            "td_lambda": 1.0,
         }
         train |= {"lr": old.lr, "head_lr": old.head_lr, "precision": "float32"}
         content = kept | {"name": "bench-training", "value": {"layers": layers}, "train": train}

@@ -41,7 +41,7 @@ from vas.progress import console
 from vas.run.cluster import ray_cluster
 from vas.training.metrics import explained_variance, rank_correlation
 
-HEADS, LAMBDAS = ("categorical", "scalar"), (1.0, 0.95)  # the library's default first
+HEADS, LAMBDAS = ("categorical", "scalar"), (1.0, 0.95)  # first what the others are held against
 RESAMPLES = 400
 EXPLAINED, RANKS = "explained variance", "rank correlation"
 
@@ -104,7 +104,7 @@ def measure(study: Study, design: Design) -> tuple[list[Row], dict[str, Estimate
 
 
 def effects(measured: dict[Design, dict[str, Estimate]]) -> list[Row]:
-    """What each choice is worth against the library's default, all else being equal: means over pairs of designs.
+    """What each choice is worth against the first of its kind, all else being equal: means over pairs of designs.
 
     And how far designs lie from the sum of these effects: another training alone would move them as well.
     """

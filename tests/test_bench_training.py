@@ -63,7 +63,7 @@ def config(folder: Path) -> RunConfig:
     return tiny_config(
         folder,
         value={"layers": 2, "bins": 11},
-        train={"batch_size": 4, "micro_batch_size": 4, "precision": "float32"},
+        train={"batch_size": 4, "micro_batch_size": 4, "precision": "float32", "td_lambda": 1.0},
         rollouts={"samples_per_prompt": SAMPLES},
     )
 

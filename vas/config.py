@@ -156,7 +156,7 @@ class Value(Section):
 
 
 class Train(Section):
-    td_lambda: float = Field(1.0, ge=0, le=1)
+    td_lambda: float = Field(0.95, ge=0, le=1)
     """λ of TD(λ); 1 is Monte Carlo."""
     epochs: int = Field(2, gt=0)
     """Passes over the training rollouts."""
