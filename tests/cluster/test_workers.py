@@ -7,6 +7,7 @@ import threading
 
 import psutil
 import pytest
+import ray
 from fits import assert_same_training, config_of, resumed, workers
 from tools import SEEDS, checkpoints, command, descendants, wait_until
 
@@ -32,8 +33,8 @@ import json, sys, ray
 from vas.config import parse_config
 from vas.training.trainer import train
 
-ray.init(address="auto", log_to_driver=False)
-content, rollouts, storage, output = json.loads(sys.argv[1])
+address, content, rollouts, storage, output = json.loads(sys.argv[1])
+ray.init(address=address, log_to_driver=False)
 train(parse_config(content, "the driver"), [rollouts], storage, output)
 """
 
@@ -62,7 +63,8 @@ def test_one_worker_goes_on_where_two_were_stopped(fit, alone, make_config, roll
     overrides = (*SLOW, f"train.zero_stage={stage}")
     storage, output = tmp_path / "stopped" / "train", tmp_path / "stopped" / "value"
     content = config_of(make_config, *workers(2, *overrides)).model_dump(mode="json")
-    words = [sys.executable, "-c", DRIVER, json.dumps([content, rollouts, str(storage), str(output)])]
+    address = ray.get_runtime_context().gcs_address  # "auto" may find another cluster on this machine
+    words = [sys.executable, "-c", DRIVER, json.dumps([address, content, rollouts, str(storage), str(output)])]
     with (tmp_path / "driver.log").open("w") as log:
         driver = subprocess.Popen(words, stdout=log, stderr=log)
         wait_until(lambda: checkpoints(storage) or driver.poll() is not None, 120, "a checkpoint")
