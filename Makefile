@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY = PASSIVE
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-demo: $(VENV)/installed  ## Train value models on a small language model's own rollouts, and steer it (about 10 min)
+demo: $(VENV)/installed  ## Train value models on a small language model's own rollouts, and steer it (10 to 20 min)
 	$(BIN)/vas run configs/demo.yaml
 
 test: $(VENV)/installed  ## All tests; those that start clusters wait a lot, so the others run beside them
