@@ -206,7 +206,7 @@ def test_an_override_that_is_no_yaml_is_quoted():
     assert "where: --set train.lr=[1, 2" in text
 
 
-def test_a_date_that_there_is_not_is_told_of(write):
+def test_a_date_that_there_is_not_is_told_of():
     with pytest.raises(VasError, match=r"not valid YAML: month must be in 1..12"):
         config("name=2024-13-45")
 

@@ -260,13 +260,14 @@ def test_what_is_not_told_is_drawn_while_others_go_on(served):
 
 
 def test_room_is_there_for_a_block_that_comes_whole(served):
-    requests = [asked(served, str(i), "block:40", seed=i, max_tokens=40) for i in range(3)]
+    endless = dict.fromkeys(served.eos_token_ids, -100.0)
+    requests = [asked(served, str(i), "block:40", seed=i, max_tokens=40, logit_bias=endless) for i in range(3)]
     whole = guided_by_any(served).generate(requests)
     scorers = guided_by_any(served)._scorers
-    engine = Engine(served, scorers, kv_tokens=1024)  # of two blocks' continuations, no more
+    engine = Engine(served, scorers, kv_tokens=512)  # one block's continuations, no more
     for each in requests:
         engine.add(each)
-    found = drain(engine, lambda: assert_within(1024, [scorer._runner.cache for scorer in scorers]))
+    found = drain(engine, lambda: assert_within(512, [scorer._runner.cache for scorer in scorers]))
     assert {name: each.token_ids for name, each in found.items()} == {each.request_id: each.token_ids for each in whole}
 
 
