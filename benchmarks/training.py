@@ -211,8 +211,8 @@ def throughput(material: Material, prompts: int, rounds: int, threads: int, fold
     return rows + [row for name in entrants if name not in (OURS, TRAINER) for row in ratios(name, TRAINER)]
 
 
-def under_ray(material: Material, prompts: int, threads: int, folder: str, theirs: float) -> list[Row]:
-    """The same by a whole training under Ray Train. theirs: Trainer's rollouts per second."""
+def under_ray(material: Material, prompts: int, threads: int, folder: str) -> list[Row]:
+    """The same by a whole training under Ray Train, between two of Trainer's passes over the same rollouts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     table = material.sample(prompts, 0)
@@ -220,21 +220,30 @@ def under_ray(material: Material, prompts: int, threads: int, folder: str, their
     held_out = material.sample(HELD_OUT, 0, held_out=True)
     storage.write_table(storage.join(rollouts, "0.parquet"), pa.concat_tables([table, held_out]))
     config = material.changed(f"resources.num_cpus={threads}")
-    with ray_cluster(config.resources):
-        started = time.perf_counter()
-        train(config, [rollouts], stored, storage.join(folder, "value"))
-        seconds = time.perf_counter() - started
+    both = Round.of(table, list(config.rewards), storage.join(folder, "packed"))
+    with Apart(Reference, material.config, material.objectives, threads) as reference:
+
+        def trainer() -> float:
+            single = material.batch * config.rollouts.samples_per_prompt
+            return float(reference.call("fit", both.alone, single).result().seconds)
+
+        trainer()  # warms up
+        before = trainer()
+        with ray_cluster(config.resources):
+            started = time.perf_counter()
+            train(config, [rollouts], stored, storage.join(folder, "value"))
+            seconds = time.perf_counter() - started
+        theirs = both.rollouts / statistics.mean((before, trainer()))
     curves = EventAccumulator(storage.join(stored, "tensorboard"))
     curves.Reload()
-    tokens = Round.of(table, list(config.rewards), storage.join(folder, "packed")).tokens
     speeds = [event.value for event in curves.Scalars("tokens_per_s")]  # each of its epoch so far
     ends = speeds[len(speeds) // 2 - 1], speeds[-1]
-    ours = ends[-1] * len(table) / tokens
+    ours = ends[-1] * both.rollouts / both.tokens
     return [
         Row(RAY, "throughput", ours, "rollouts/s"),
         Row(RAY, "of the product rate", curves.Scalars("mfu")[-1].value, ""),
         Row(RAY, "memory at most", curves.Scalars("memory_bytes")[-1].value / 1e6, "MB"),
-        Row(RAY, "outside steps", seconds - sum(tokens / end for end in ends), "s"),
+        Row(RAY, "outside steps", seconds - sum(both.tokens / end for end in ends), "s"),
         Row(f"{RAY} / {TRAINER}", "ratio", ours / theirs, "x", GOAL),
     ]
 
@@ -301,8 +310,7 @@ def main() -> None:
             f"Training, {options.layers} layers, {rounds} x {prompts} prompts",
             throughput(material, prompts, rounds, options.threads, folder),
         )
-        theirs = next(row.value for row in every if (row.case, row.metric) == (TRAINER, "throughput"))
-        measured("Training under Ray Train", under_ray(material, prompts, options.threads, folder, theirs))
+        measured("Training under Ray Train", under_ray(material, prompts, options.threads, folder))
         measured(f"Memory of each of 2 workers, {MEMORY_LAYERS} layers", memory(material, stages, folder))
 
 

@@ -28,6 +28,7 @@ def test_deepspeed_defaults_follow_the_machine():
     assert deepspeed_config(Train(), 4, on_gpu=True)["zero_optimization"] == {"stage": 2}
     assert deepspeed_config(Train(), 4, on_gpu=True)["bf16"] == {"enabled": True}
     assert deepspeed_config(Train(gradient_clipping=0.5), 1, on_gpu=False)["gradient_clipping"] == 0.5
+    assert deepspeed_config(Train(), 1, on_gpu=False)["optimizer"]["params"]["fused"]
 
 
 def test_the_users_deepspeed_json_wins_key_by_key():

@@ -15,6 +15,7 @@ from vas.models.value import ValueModel
 from vas.training import resume
 from vas.training.deepspeed_config import deepspeed_config
 from vas.training.objective import ValueObjective
+from vas.training.products import hasten
 from vas.training.resume import Progress
 from vas.training.spelling import Spelling
 
@@ -64,6 +65,7 @@ def initialize(model: ValueModel, config: RunConfig, made: dict[str, Any]) -> An
     """DeepSpeed's engine over the objective, at its start; `made` is DeepSpeed's JSON."""
     # Only inference uses it, and DeepSpeed would compile it first: half a minute, and a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    hasten(model)
     engine, *_ = deepspeed.initialize(
         model=ValueObjective(model, config.train.td_lambda, config.train.target_ema),
         model_parameters=_parameter_groups(model, config),

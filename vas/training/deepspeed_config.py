@@ -33,19 +33,23 @@ def deepspeed_config(train: Train, workers: int, on_gpu: bool) -> dict[str, Any]
             f"make it a multiple of {workers}",
         )
     micro = max(size for size in range(1, min(train.micro_batch_size, share) + 1) if share % size == 0)
+    users = _users(train)
+    adam = {"lr": train.lr, "torch_adam": True}
+    if "optimizer" not in users:  # theirs may be of another kind, which knows no `fused`
+        adam["fused"] = True  # a third of the time on a CPU
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": share // micro,
         "gradient_clipping": train.gradient_clipping,
         "bf16": {"enabled": on_gpu if train.precision == "auto" else train.precision == "bfloat16"},
         "zero_optimization": _zero(train, workers, on_gpu),
-        # the fused optimizers are compiled on first use; torch's needs no compiler
-        "optimizer": {"type": "AdamW", "params": {"lr": train.lr, "torch_adam": True}},
+        # DeepSpeed's own optimizers are compiled on first use; torch's needs no compiler
+        "optimizer": {"type": "AdamW", "params": adam},
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    return merge(ours, _users(train))
+    return merge(ours, users)
 
 
 def _zero(train: Train, workers: int, on_gpu: bool) -> dict[str, Any]:

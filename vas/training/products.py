@@ -1,0 +1,63 @@
+"""Linear layers whose products, forward and backward, oneDNN computes: in training on a CPU.
+
+torch hands float32 products to MKL, which has older kernels for processors that are not Intel's. At a training
+step's shapes oneDNN took four fifths of MKL's time on an AMD EPYC (see docs/performance.md). bfloat16 products and a
+GPU's are what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class SoonerLinear(nn.Linear):
+    """torch's linear layer under another `forward`: the same parameters, the same numbers but for rounding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        usual = input.dtype != torch.float32 or self.weight.dtype != torch.float32 or input.device.type != "cpu"
+        if usual or torch.is_autocast_enabled("cpu"):
+            return F.linear(input, self.weight, self.bias)
+        found: Tensor = _Linear.apply(input, self.weight, self.bias)
+        return found
+
+
+def hasten(model: nn.Module) -> None:
+    """Have oneDNN compute a model's linear layers, in place; its parameters, names and class stay."""
+    if torch.backends.mkldnn.is_available():
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = SoonerLinear
+
+
+class _Linear(torch.autograd.Function):
+    """x·Wᵀ + b and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # not a view of the weight: ZeRO-3 takes the weight's memory back between the passes
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (of_y,) = gradients
+        rows, inputs = of_y.reshape(-1, of_y.shape[-1]), x.reshape(-1, x.shape[-1])
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _product(of_y, weight.t()) if of_x else None,
+            _product(rows.t(), inputs.t()) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
