@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vas.choices import Linears
 from vas.decoding import switches
 from vas.errors import VasError
+from vas.models import onednn
 
 ROWS = (1, 8, 32, 128)  # of decoding passes, by which `fastest` judges
 TIMED_WEIGHTS = 40_000_000  # more than a processor's cache holds, even with 8 bits each
@@ -40,9 +41,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         if x.dtype == self._dtype:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        y = torch.ops.mkldnn._linear_pointwise(x.to(self._dtype), self._weight, self._bias, "none", [], "")
-        return y.to(x.dtype)
+            return onednn.linear(x, self._weight, self._bias)
+        return onednn.linear(x.to(self._dtype), self._weight, self._bias).to(x.dtype)
 
 
 class Int8Linear(nn.Module):
@@ -162,5 +162,5 @@ def _seconds(layers: list[nn.Module], weights: list[Tensor]) -> float:
 
 def _packable(weight: Tensor) -> bool:
     """Whether oneDNN's layout can hold it."""
-    kernels = torch.backends.mkldnn.is_available() and weight.device.type == "cpu"
+    kernels = onednn.AVAILABLE and weight.device.type == "cpu"
     return kernels and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _computes(weight.dtype)))

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vas.models import onednn
+
 
 class SoonerLinear(nn.Linear):
     """torch's linear layer under another `forward`: the same parameters, the same numbers but for rounding."""
@@ -29,7 +31,7 @@ class SoonerLinear(nn.Linear):
 
 def hasten(model: nn.Module) -> None:
     """Have oneDNN compute a model's linear layers, in place; its parameters, names and class stay."""
-    if torch.backends.mkldnn.is_available():
+    if onednn.AVAILABLE:
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = SoonerLinear
@@ -42,7 +44,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # not a view of the weight: ZeRO-3 takes the weight's memory back between the passes
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return onednn.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -52,12 +54,7 @@ class _Linear(torch.autograd.Function):
         rows, inputs = of_y.reshape(-1, of_y.shape[-1]), x.reshape(-1, x.shape[-1])
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            _product(of_y, weight.t()) if of_x else None,
-            _product(rows.t(), inputs.t()) if of_weight else None,
+            onednn.linear(of_y, weight.t()) if of_x else None,
+            onednn.linear(rows.t(), inputs.t()) if of_weight else None,
             rows.sum(0) if of_bias else None,
         )
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return found
