@@ -1,7 +1,7 @@
 """Linear layers whose products, forward and backward, oneDNN computes: in training on a CPU.
 
 torch hands float32 products to MKL, which has older kernels for processors that are not Intel's. At a training
-step's shapes oneDNN took four fifths of MKL's time on an AMD EPYC (see docs/performance.md). bfloat16 products and a
+step's shapes oneDNN takes a sixth less time on an AMD EPYC (see docs/performance.md). bfloat16 products and a
 GPU's are what they were.
 """
 
