@@ -1,8 +1,8 @@
 """Linear layers whose products, forward and backward, oneDNN computes: in training on a CPU.
 
 torch hands float32 products to MKL, which has older kernels for processors that are not Intel's. At a training
-step's shapes oneDNN takes a sixth less time on an AMD EPYC (see docs/performance.md). bfloat16 products and a
-GPU's are what they were.
+step's shapes oneDNN takes a tenth to a sixth less time on an AMD EPYC (see docs/performance.md). bfloat16 products
+and a GPU's are what they were.
 """
 
 from __future__ import annotations
