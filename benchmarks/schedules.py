@@ -288,7 +288,7 @@ def fast(material: Material, rows: list[Row], strength: float, batch: int, round
             best = max(good, key=lambda name: ratios[name])
             case = f"batch {batch}: fastest that keeps {KEEP:.0%} {what} ({best}) / generate"
             found.append(Row(case, "ratio", ratios[best], "x", ">= 1.0"))
-        if path:
+        if path and len(shares) > 1:
             drawn = path.with_name(f"{path.stem}-{batch}.png")
             drawn.parent.mkdir(parents=True, exist_ok=True)
             drawn.write_bytes(figure(shares, ratios, batch, what))
