@@ -112,6 +112,11 @@ class Material:
         """Prompts a step."""
         return self.config.train.batch_size
 
+    @property
+    def single(self) -> int:
+        """Rollouts a step: rows, where each is one."""
+        return self.batch * self.config.rollouts.samples_per_prompt
+
     def sample(self, prompts: int, seed: int, held_out: bool = False) -> pa.Table:
         """All rollouts of so many random prompts of one side of the split, without those that failed."""
         side = pc.equal(self.rollouts["held_out"], held_out)
@@ -154,7 +159,7 @@ class Round:
 def throughput(material: Material, prompts: int, rounds: int, threads: int, folder: str) -> list[Row]:
     """Rollouts per second of every entrant, and what of the machine's product rate they make."""
     names = list(material.config.rewards)
-    single = material.batch * material.config.rollouts.samples_per_prompt
+    single = material.single
     about = (material.config, material.objectives, threads)
     with Apart(Worker, *about, _free_port()) as worker, Apart(Reference, *about) as reference:
         entrants: dict[str, Callable[[Round], Future[Any]]] = {
@@ -224,8 +229,7 @@ def under_ray(material: Material, prompts: int, threads: int, folder: str) -> li
     with Apart(Reference, material.config, material.objectives, threads) as reference:
 
         def trainer() -> float:
-            single = material.batch * config.rollouts.samples_per_prompt
-            return float(reference.call("fit", both.alone, single).result().seconds)
+            return float(reference.call("fit", both.alone, material.single).result().seconds)
 
         trainer()  # warms up
         before = trainer()

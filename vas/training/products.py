@@ -22,19 +22,17 @@ class SoonerLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        usual = input.dtype != torch.float32 or self.weight.dtype != torch.float32 or input.device.type != "cpu"
-        if usual or torch.is_autocast_enabled("cpu"):
+        if not (onednn.takes(input) and onednn.takes(self.weight)) or torch.is_autocast_enabled("cpu"):
             return F.linear(input, self.weight, self.bias)
         found: Tensor = _Linear.apply(input, self.weight, self.bias)
         return found
 
 
 def hasten(model: nn.Module) -> None:
-    """Have oneDNN compute a model's linear layers, in place; its parameters, names and class stay."""
-    if onednn.AVAILABLE:
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = SoonerLinear
+    """Have oneDNN compute a model's linear layers where it can, in place; parameters and their names stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = SoonerLinear
 
 
 class _Linear(torch.autograd.Function):
