@@ -2,24 +2,28 @@
 
     make bench-serving
 
-Four ways, with the same models, requests and CPUs, one after the other in one run: the bare engine's loop in one
-process; the endpoint with a colocated value model, in one replica that has the CPUs or in a replica for each; and
-with the value model in a deployment of its own. The base model is the demo's, the value model its first layers with a
-random head; both kinds of requests, steered and not, run in each. Responses have lengths of their own, so that after
-the first STREAMS of them requests come one at a time, while the others are under way: the time to the first token is
-theirs. Clients are threads of this process that read streams from HTTP; what they cost is part of the figures.
+The same models, requests and CPUs in each case: the endpoint with a colocated value model, in one replica that has the
+CPUs or in a replica for each; and with the value model in a deployment of its own. Before and after each of them
+the bare engine's loop has its turn, in one process without HTTP, for a machine's rate moves by more within minutes than
+what is measured here; a case is compared with the two turns beside it, and of several rounds the median is shown.
+The base model is the demo's, the value model its first layers with a random head; both kinds of requests, steered
+and not, run in each. Responses have lengths of their own, so that after the first STREAMS of them requests come one
+at a time, while the others are under way: the time to the first token is theirs. Clients are threads of this process
+that read streams from HTTP; what they cost is part of the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -27,6 +31,7 @@ import httpx2 as httpx
 from ray import serve
 from ray.serve.config import HTTPOptions
 
+from benchmarks.apart import Apart
 from benchmarks.rows import Row, show, write
 from benchmarks.setting import CANDIDATES, MODEL, STRENGTH, Setting
 from vas.config import Resources
@@ -35,19 +40,19 @@ from vas.decoding.loop import Loop
 from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.models.base import set_threads
+from vas.progress import console
 from vas.run.cluster import ray_cluster
 from vas.serving.app import build
 
-STREAMS, REQUESTS, PORT = 16, 64, 8799
-LENGTHS = (16, 48)  # tokens of a response, the least and the most
-THREADS = 2
-APART = "a replica a CPU"
+STREAMS, PORT = 16, 8799
+THREADS, LAYERS = 2, 8
+BARE, APART = "bare engine", "a replica a CPU"
+CASES = ("colocated", APART, "deployment")
 
 
-def length(number: int) -> int:
-    """How many tokens a request asks for: as if drawn at random, the same in each case."""
-    least, most = LENGTHS
-    return least + number * 13 % (most - least + 1)
+def spread(requests: int, least: int, most: int) -> list[int]:
+    """How many tokens each request asks for: as if drawn at random, the same in each case."""
+    return [least + number * 13 % (most - least + 1) for number in range(requests)]
 
 
 class Measured:
@@ -63,17 +68,18 @@ class Measured:
         return self.tokens / self.seconds
 
     @property
-    def median_first(self) -> float:
+    def first_ms(self) -> float:
         """Median time to the first token, in ms."""
-        return 1000 * statistics.median(self.first)
+        return 1000 * median(self.first)
 
 
-def drive(ask: Any) -> Measured:
-    """REQUESTS in all by STREAMS clients at once. `ask(number)` returns the first token's seconds, and tokens."""
+def drive(ask: Callable[[int, int], tuple[float, int]], lengths: list[int]) -> Measured:
+    """Requests by STREAMS clients at once. `ask(number, length)` returns the first token's seconds, and tokens."""
+    ask(0, lengths[0])
     measured = Measured()
     started = time.perf_counter()
     with ThreadPoolExecutor(STREAMS) as threads:
-        for number, (first, tokens) in enumerate(threads.map(ask, range(REQUESTS))):
+        for number, (first, tokens) in enumerate(threads.map(ask, range(len(lengths)), lengths)):
             if number >= STREAMS:
                 measured.first.append(first)
             measured.tokens += tokens
@@ -81,45 +87,50 @@ def drive(ask: Any) -> Measured:
     return measured
 
 
-def bare(setting: Setting, guided: bool) -> Measured:
-    """The engine's loop in this process."""
+class Bare:
+    """The engine's loop, with nothing around it."""
 
-    def make() -> Engine:
-        set_threads(THREADS)
-        return Engine(setting.base, [make_scorer("value", setting.value)], max_sequences=STREAMS)
+    def __init__(self) -> None:
+        self._setting = setting = Setting.load(MODEL, LAYERS, None, "auto")
 
-    loop = Loop(make)
-    guidance = GuidanceParams({"any": STRENGTH} if guided else {}, CANDIDATES)
+        def make() -> Engine:
+            set_threads(THREADS)
+            return Engine(setting.base, [make_scorer("value", setting.value)], max_sequences=STREAMS)
 
-    def ask(number: int) -> tuple[float, int]:
-        started, first = time.perf_counter(), threading.Event()
-        seen: list[float] = []
+        self._loop = Loop(make)
 
-        def listen(token: Any, completion: Any) -> None:
-            if not first.is_set():
-                seen.append(time.perf_counter() - started)
-                first.set()
+    def measure(self, guided: bool, lengths: list[int]) -> Measured:
+        """All requests, by threads of the engine's process."""
+        guidance = GuidanceParams({"any": STRENGTH} if guided else {}, CANDIDATES)
 
-        prompt = setting.prompts[number % len(setting.prompts)]
-        sampling = SamplingParams(max_tokens=length(number), seed=number, logit_bias={0: -1e4, 2: -1e4})
-        done = loop.submit(Request(str(number), prompt, sampling, guidance), listen).result()
-        return seen[0], len(done.token_ids)  # type: ignore[union-attr]  # no request of these fails
+        def ask(number: int, length: int) -> tuple[float, int]:
+            started, first = time.perf_counter(), threading.Event()
+            seen: list[float] = []
 
-    ask(0)
-    return drive(ask)
+            def listen(token: Any, completion: Any) -> None:
+                if not first.is_set():
+                    seen.append(time.perf_counter() - started)
+                    first.set()
+
+            prompt = self._setting.prompts[number % len(self._setting.prompts)]
+            sampling = SamplingParams(max_tokens=length, seed=number, logit_bias={0: -1e4, 2: -1e4})
+            done = self._loop.submit(Request(str(number), prompt, sampling, guidance), listen).result()
+            return seen[0], len(done.token_ids)  # type: ignore[union-attr]  # no request of these fails
+
+        return drive(ask, lengths)
 
 
-def served(setting: Setting, guided: bool) -> Measured:
+def served(setting: Setting, guided: bool, lengths: list[int]) -> Measured:
     """The endpoint that is up, by clients that keep their connections as OpenAI's does."""
     asked = {"model": "bench", "stream": True, "logit_bias": {"0": -100, "2": -100}}
     if guided:
         asked["guidance"] = {"objectives": {"any": STRENGTH}, "candidates": CANDIDATES}
 
-    def ask(number: int, http: httpx.Client) -> tuple[float, int]:
+    def ask(http: httpx.Client, number: int, length: int) -> tuple[float, int]:
         started, first = time.perf_counter(), 0.0
         body = asked | {
             "prompt": list(setting.prompts[number % len(setting.prompts)]),
-            "max_tokens": length(number),
+            "max_tokens": length,
             "seed": number,
             "stream_options": {"include_usage": True},
         }
@@ -134,8 +145,7 @@ def served(setting: Setting, guided: bool) -> Measured:
 
     limits = httpx.Limits(max_connections=STREAMS, max_keepalive_connections=STREAMS)
     with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=600, limits=limits) as http:
-        ask(0, http)
-        return drive(lambda number: ask(number, http))
+        return drive(partial(ask, http), lengths)
 
 
 @contextmanager
@@ -154,38 +164,74 @@ def endpoint(folder: str, case: str) -> Any:
             serve.shutdown()
 
 
+Turn = dict[bool, Measured]
+"""What one turn measured, steered and not."""
+
+
+def turns(
+    rounds: int, cases: Sequence[str], folder: str, setting: Setting, lengths: list[int]
+) -> Iterator[tuple[str, Turn]]:
+    """Each case in its turn, the bare engine before and after each."""
+    with Apart(Bare) as engine:
+
+        def bare() -> tuple[str, Turn]:
+            return BARE, {guided: engine.call("measure", guided, lengths).result() for guided in (False, True)}
+
+        for _ in range(rounds):
+            for case in cases:
+                yield bare()
+                with endpoint(folder, case):
+                    measured = {guided: served(setting, guided, lengths) for guided in (False, True)}
+                yield case, measured
+        yield bare()
+
+
+def rows_of(measured: list[tuple[str, Turn]], guided: bool) -> Iterator[Row]:
+    """Medians over the turns of each case, and of its ratios to the bare engine's turns before and after it."""
+    kind = "steered" if guided else "base model"
+    ratios: dict[str, float] = {}
+    cases = [case for case in CASES if any(name == case for name, _ in measured)]
+    for case in (BARE, *cases):
+        own = [turn[guided] for name, turn in measured if name == case]
+        yield Row(f"{case}, {kind}", "throughput", median(each.rate for each in own), "tokens/s")
+        yield Row(f"{case}, {kind}", "time to first token, median", median(each.first_ms for each in own), "ms")
+    for case in cases:
+        beside = [
+            (before[guided], turn[guided], after[guided])
+            for (_, before), (name, turn), (_, after) in zip(measured, measured[1:], measured[2:], strict=False)
+            if name == case
+        ]
+        ratios[case] = median(2 * own.rate / (before.rate + after.rate) for before, own, after in beside)
+        later = median(own.first_ms - (before.first_ms + after.first_ms) / 2 for before, own, after in beside)
+        if case != "deployment":
+            yield Row(f"{case} / bare engine, {kind}", "throughput", ratios[case], "x", ">= 0.9")
+            yield Row(f"{case} / bare engine, {kind}", "time to first token, later by", later, "ms", "<= 30")
+    if guided and ratios.keys() >= {"deployment", "colocated"}:
+        ratio = ratios["deployment"] / ratios["colocated"]
+        yield Row(f"deployment / colocated, {kind}", "throughput", ratio, "x", ">= 0.6")
+
+
 def main() -> None:
     """Run the cases and show them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2, help="how often each case has its turn")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--lengths", nargs=2, type=int, default=(16, 48), metavar=("LEAST", "MOST"), help="in tokens")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
-    setting = Setting.load(MODEL, 8, None, "auto")
-    found: dict[tuple[str, bool], Measured] = {}
+    setting = Setting.load(MODEL, LAYERS, None, "auto")
+    lengths = spread(arguments.requests, *arguments.lengths)
+    measured: list[tuple[str, Turn]] = []
     with TemporaryDirectory() as folder:
         setting.value.save(folder, setting.base.tokenizer, "# A random one")
-        for guided in (False, True):
-            found["bare engine", guided] = bare(setting, guided)
-        for case in ("colocated", APART, "deployment"):
-            with endpoint(folder, case):
-                for guided in (False, True):
-                    found[case, guided] = served(setting, guided)
-    rows = []
-    for (case, guided), measured in found.items():
-        name = f"{case}, {'steered' if guided else 'base model'}"
-        rows.append(Row(name, "throughput", measured.rate, "tokens/s"))
-        rows.append(Row(name, "time to first token, median", measured.median_first, "ms"))
-    for guided in (False, True):
-        kind = "steered" if guided else "base model"
-        engine, colocated, apart = (found[case, guided] for case in ("bare engine", "colocated", "deployment"))
-        for case in ("colocated", APART):
-            name, later = f"{case} / bare engine, {kind}", found[case, guided].median_first - engine.median_first
-            rows.append(Row(name, "throughput", found[case, guided].rate / engine.rate, "x", ">= 0.9"))
-            rows.append(Row(name, "time to first token, later by", later, "ms", "<= 30"))
-        if guided:
-            rows.append(
-                Row(f"deployment / colocated, {kind}", "throughput", apart.rate / colocated.rate, "x", ">= 0.6")
-            )
-    show(rows, f"{STREAMS} streams, {REQUESTS} responses of {LENGTHS[0]} to {LENGTHS[1]} tokens, {THREADS} CPUs")
+        for case, turn in turns(arguments.rounds, arguments.cases, folder, setting, lengths):
+            measured.append((case, turn))
+            told = (f"{each.rate:.1f} tokens/s, {each.first_ms:.0f} ms" for each in turn.values())
+            console.print(f"{case}: base model {', steered '.join(told)}")
+    rows = [row for guided in (False, True) for row in rows_of(measured, guided)]
+    tokens = f"{min(lengths)} to {max(lengths)} tokens"
+    show(rows, f"{STREAMS} streams, {len(lengths)} responses of {tokens}, {THREADS} CPUs")
     write(rows, arguments.json)
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from vas.decoding.cache import KVCache, leading
+from vas.decoding.cache import KVCache, together
 from vas.errors import VasError
 from vas.guidance import additive_mask
 
@@ -42,10 +42,10 @@ class Pass:
         self, cache: KVCache, owners: Sequence[Hashable], index: np.ndarray, column: np.ndarray, kept: int
     ) -> None:
         device = cache.device
-        self._cache, self._kept, self._total, self._batch = cache, kept, len(index), len(owners)
+        self._cache, self.kept, self._total, self._batch = cache, kept, len(index), len(owners)
         self._width = int(max(column[:kept].max(initial=-1) + 1, column[kept:].max(initial=0)))
         rows = cache.rows(owners)
-        self._rows = slice(0, len(rows)) if leading(rows) else torch.from_numpy(rows).to(device)
+        self._rows = together(rows) or torch.from_numpy(rows).to(device)
         self._row_N = torch.from_numpy(rows[index[:kept]]).to(device)
         self.column_N = torch.from_numpy(column).to(device)
         self._kept_place_N = self.column_N[:kept] + cache.aside
@@ -61,7 +61,7 @@ class Pass:
         """Every token's place in a padded grid of B x T, in which attention computes; None if they fill it in order."""
         count = np.bincount(index, minlength=self._batch)
         self._longest = int(count.max())
-        if self._kept in (0, self._total) and self._batch * self._longest == self._total:
+        if self.kept in (0, self._total) and self._batch * self._longest == self._total:
             return None
         order = np.argsort(index, kind="stable")  # a sequence's kept tokens, then its branches
         place = np.empty_like(order)
@@ -101,10 +101,10 @@ class Pass:
         self, layer: int, query: Tensor, states: Tensor, scale: float, window: int | None, cap: float | None
     ) -> Tensor:
         """One layer's attention: query [N, H, D], keys and values in one [N, 2, H_kv, D], to [N, H, D]."""
-        if self._kept:
-            self._cache.write(layer, self._row_N, self._kept_place_N, states[: self._kept])
+        if self.kept:
+            self._cache.write(layer, self._row_N, self._kept_place_N, states[: self.kept])
         if self._branching:
-            self.branches.append(states[self._kept :].clone())  # a view would keep all of the pass
+            self.branches.append(states[self.kept :].clone())  # a view would keep all of the pass
         elif cap is None:
             keys, values = self._cache.read(layer, self._rows, self._width)  # [B, H_kv, columns, D]
             mask = partial(self._mask, window, query.dtype)

@@ -163,8 +163,14 @@ class KVCache:
 
 
 def leading(rows: np.ndarray) -> bool:
-    """Whether these are a cache's first rows, in order: then a slice reads them."""
+    """Whether these are a cache's first rows, in order."""
     return bool((rows == np.arange(len(rows))).all())
+
+
+def together(rows: np.ndarray) -> slice | None:
+    """The slice that reads these rows of a cache, if they lie one after the other."""
+    first = int(rows[0])
+    return slice(first, first + len(rows)) if leading(rows - first) else None
 
 
 def allocated(rows: int, width: int, doubling: bool = False) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vas.choices import Linears
-from vas.decoding import attention, linears, llama, uniform
+from vas.decoding import attention, lanes, linears, llama, switches, uniform
 from vas.decoding.attention import Pass
 from vas.decoding.cache import KVCache
 from vas.decoding.llama import FusedLlama
@@ -89,6 +89,7 @@ class ModelRunner:
         kind = linears.settle(model, kind)
         fused = FusedLlama(model, kind, free) if llama.supports(model) else None
         self._forward = fused or HuggingFace(model, kind, free)
+        self._lanes = fused is not None and model.device.type == "cpu" and not switches.off("lanes")
         aside = uniform.ASIDE if fused and uniform.pays(model) else 0
         self.cache = KVCache(model.device, limit, aside)
         self.uniform = Uniform(fused, self.cache) if fused and aside else None
@@ -146,6 +147,29 @@ class ModelRunner:
         pass, which has the candidates' keys and values.
         """
         counts = np.array([len(each) for each in tokens])
+        spans = [slice(0, len(owners))]
+        if self._lanes and self.cache.memory():  # which the first pass gets, a layer after the other
+            spans = lanes.spans(counts + np.bincount(index, minlength=len(owners)))
+        parts = []
+        for span in spans:
+            tried = slice(*np.searchsorted(index, [span.start, span.stop]))
+            where = None if places is None else places[tried]
+            parts.append(self._part(owners[span], tokens[span], index[tried] - span.start, candidates[tried], where))
+        outputs = lanes.run([partial(self._forward, ids, where, logits) for ids, where in parts])
+        for owner, count in zip(owners, counts.tolist(), strict=True):
+            self.cache.lengths[owner] += count
+        return _joined(outputs, [where for _, where in parts])
+
+    def _part(
+        self,
+        owners: Sequence[Hashable],
+        tokens: Sequence[Sequence[int]],
+        index: np.ndarray,
+        candidates: np.ndarray,
+        places: np.ndarray | None,
+    ) -> tuple[Tensor, Pass]:
+        """Token ids, and where they lie, of some sequences' part of a pass; as `branch`."""
+        counts = np.array([len(each) for each in tokens])
         lengths = np.array([self.cache.lengths[owner] for owner in owners])
         kept = int(counts.sum())
         ids = np.concatenate([np.concatenate([np.asarray(each, dtype=int) for each in tokens]), candidates])
@@ -153,11 +177,7 @@ class ModelRunner:
         within = np.arange(kept) - np.repeat(counts.cumsum() - counts, counts)
         places = (lengths + counts)[index] if places is None else places
         column = np.concatenate([lengths.repeat(counts) + within, places])
-        where = Pass(self.cache, owners, owner, column, kept)
-        output = self._forward(torch.from_numpy(ids).to(self.device), where, logits)
-        for each, count in zip(owners, counts.tolist(), strict=True):
-            self.cache.lengths[each] += count
-        return output, where
+        return torch.from_numpy(ids).to(self.device), Pass(self.cache, owners, owner, column, kept)
 
     def keep(self, branches: Mapping[Hashable, int], where: Pass) -> None:
         """Append a branch of an earlier pass, by its number there, to each of some sequences."""
@@ -170,3 +190,15 @@ class ModelRunner:
         chosen = as_tensor(list(branches.values()))
         for layer, states in enumerate(where.branches):
             self.cache.write(layer, rows, places, states.index_select(0, chosen))
+
+
+def _joined(outputs: list[Tensor], parts: list[Pass]) -> tuple[Tensor, Pass]:
+    """The outputs of all lanes, first of what is kept; and a pass that has all of their branches."""
+    first = parts[0]
+    if len(parts) == 1:
+        return outputs[0], first
+    kept = [output[: part.kept] for output, part in zip(outputs, parts, strict=True)]
+    tried = [output[part.kept :] for output, part in zip(outputs, parts, strict=True)]
+    branching = [part.branches for part in parts if part.branches]
+    first.branches = [torch.cat(layer) for layer in zip(*branching, strict=True)]
+    return torch.cat([*kept, *tried]), first

@@ -10,6 +10,7 @@ NAMES = {
     "packed_linears": "linear layers in the layout of this CPU's kernels (else torch's own)",
     "fused_llama": "a leaner forward pass for models of the Llama family (else Hugging Face's)",
     "cuda_graphs": "decoding steps of one shape are recorded once and replayed on a GPU",
+    "lanes": "a pass of many tokens is shared out among a CPU's threads by sequences (else each product is)",
     "shared_prefixes": "prompts that begin alike are read once",
 }
 

@@ -9,6 +9,7 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from vas import storage
 from vas.digests import digest
@@ -123,6 +124,7 @@ def _deployment(
         max_ongoing_requests=ongoing,
         graceful_shutdown_timeout_s=drain,
         graceful_shutdown_wait_loop_s=0.5,
+        logging_config=LoggingConfig(enable_access_log=False),  # the gateway writes one of its own
         **HEALTH,
         **settings,
     )
