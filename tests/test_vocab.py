@@ -254,6 +254,12 @@ def test_the_objective_reads_every_parent_state(arch):
     for values, candidates, prefix in zip(found, tokens, prefixes, strict=True):
         outputs = student.outputs(student.hidden(torch.tensor([prefix]))[0, -1])
         torch.testing.assert_close(values, student.next_values(outputs, candidates), atol=1e-4, rtol=1e-4)
+    teacher_like = new_student(teacher)
+    for head in teacher_like.heads:
+        torch.nn.init.normal_(head.linear.weight)
+    teacher_like.eval()
+    states, own = (VocabObjective(teacher_like, frozen).values(lessons, tokens) for frozen in (True, False))
+    torch.testing.assert_close(states, own, atol=1e-4, rtol=1e-4)
     explained = agreement(found, wanted, logprobs, student.objectives)
     error, variance = errors(found, wanted, logprobs)
     for j, each in enumerate(explained.values()):
@@ -295,7 +301,7 @@ def test_of_the_epochs_the_best_on_unseen_rows_stays():
     assert best_epoch(history) == 0
     assert history[-1]["losses"][-1] < history[0]["losses"][0]
     figures = [entry["unseen"] for entry in history]
-    assert judge(student, lessons[8:]) == figures[0]
+    assert judge(student, lessons[8:], frozen=True) == figures[0]  # in whose epoch the backbone does not learn
     assert figures[-1]["positive"]["explained"] < figures[0]["positive"]["explained"]
 
 

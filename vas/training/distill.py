@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from vas.choices import Linears
+from vas.decoding import linears, llama
 from vas.models.base import BaseModel
 from vas.models.value import ValueModel, ValueModelConfig
 from vas.progress import Tracker
@@ -32,11 +35,14 @@ EPOCHS = 6
 
 
 class VocabObjective(nn.Module):
-    """Loss of a value model with vocab heads on lessons; a module that DeepSpeed can wrap."""
+    """Loss of a value model with vocab heads on lessons; a module that DeepSpeed can wrap.
 
-    def __init__(self, student: ValueModel) -> None:
+    frozen: its backbone is the teacher's still, whose states the lessons have: it need not run.
+    """
+
+    def __init__(self, student: ValueModel, frozen: bool = False) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.frozen = student, frozen
 
     def forward(self, lessons: Sequence[Lesson]) -> Tensor:
         """The share of the teacher's advantages that is not explained, the mean of the objectives."""
@@ -46,11 +52,15 @@ class VocabObjective(nn.Module):
 
     def values(self, lessons: Sequence[Lesson], tokens_PK: Tensor) -> Tensor:
         """The student's values of the lessons' candidates [P, K, J]."""
-        student = self.student
-        batch = collate([lesson.row for lesson in lessons]).to(student.device)
-        step = torch.arange(batch.state_NS.shape[1], device=student.device)
-        parents_PH = hidden_states(student, batch)[step < batch.last_N[:, None]]
-        return student.next_values(student.outputs(parents_PH), tokens_PK)
+        states = [lesson.states_PH for lesson in lessons] if self.frozen else self._states(lessons)
+        parents_PH = torch.cat(states).to(self.student.device)
+        return self.student.next_values(self.student.outputs(parents_PH), tokens_PK)
+
+    def _states(self, lessons: Sequence[Lesson]) -> list[Tensor]:
+        """The student's hidden states of the parents: [P, H]."""
+        batch = collate([lesson.row for lesson in lessons]).to(self.student.device)
+        step = torch.arange(batch.state_NS.shape[1], device=self.student.device)
+        return [hidden_states(self.student, batch)[step < batch.last_N[:, None]]]
 
 
 def new_student(teacher: ValueModel) -> ValueModel:
@@ -75,7 +85,7 @@ def distill(
     rows: packed rollouts; a random tenth of them is not trained on. candidates, temperature: of π0, as decoding
     will ask for them. how: see `learn`.
     """
-    make, lessons = Lessons(base, teacher, candidates, temperature), []
+    make, lessons = Lessons(base, teacher, candidates, temperature, _linears(base.model, teacher.backbone)), []
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     with Tracker("lessons", len(rows)) as tracker:
         for i in order:
@@ -83,6 +93,15 @@ def distill(
             tracker.advance(1)
     unseen = max(1, len(lessons) // 10)
     return learn(new_student(teacher), lessons[:-unseen], lessons[-unseen:], **how)
+
+
+def _linears(*models: PreTrainedModel) -> Linears:
+    """How the lessons' models compute: in bfloat16 where linear layers can be made anew.
+
+    Values then differ by 1 % of their spread, and the demo's lessons take two thirds of the time.
+    """
+    apart = all(llama.supports(model) for model in models)
+    return "bfloat16" if apart and "bfloat16" in linears.kinds() else "exact"
 
 
 def learn(
@@ -97,12 +116,12 @@ def learn(
     """Fit a student to lessons; of its epochs, the one that explains most of the unseen lessons stays.
 
     lr: of the backbone, which learns in the second half of the epochs only: fresh heads would spoil it; 0
-    leaves it as it is. Heads alone cost a third, and kept the demo's reward.
+    leaves it as it is. Heads alone take seconds, and kept the demo's reward.
 
     Returns it, frozen, and an entry an epoch as `history.Entry`, but that it knows nothing of rewards: `held_out`
     is empty, and `unseen` has the figures of `agreement`.
     """
-    objective = VocabObjective(student)
+    objective = VocabObjective(student, frozen=True)
     optimizer = torch.optim.AdamW(
         [
             {"params": list(student.backbone.parameters()), "lr": lr},
@@ -121,7 +140,8 @@ def learn(
     with Tracker("distilling", epochs * len(lessons)) as tracker:
         for epoch in range(1, epochs + 1):
             student.train()
-            student.backbone.requires_grad_(lr > 0 and epoch > (epochs + 1) // 2)
+            objective.frozen = lr == 0 or epoch <= (epochs + 1) // 2
+            student.backbone.requires_grad_(not objective.frozen)
             student.get_input_embeddings().requires_grad_(False)
             losses: list[float] = []
             for some in torch.randperm(len(lessons), generator=generator).split(ROWS):
@@ -133,7 +153,9 @@ def learn(
                 schedule.step()
                 losses.append(float(loss.detach()))
                 tracker.advance(len(some), f"epoch {epoch}, unexplained {losses[-1]:.2f}")
-            history.append({"epoch": epoch, "losses": losses, "held_out": {}, "unseen": judge(student, unseen)})
+            history.append(
+                {"epoch": epoch, "losses": losses, "held_out": {}, "unseen": judge(student, unseen, objective.frozen)}
+            )
             if best(history) == len(history) - 1:
                 kept = copy.deepcopy(student.state_dict())
     student.load_state_dict(kept)
@@ -141,10 +163,10 @@ def learn(
 
 
 @torch.no_grad()
-def judge(student: ValueModel, lessons: Sequence[Lesson]) -> dict[str, dict[str, float]]:
-    """The figures of `agreement` on some lessons."""
+def judge(student: ValueModel, lessons: Sequence[Lesson], frozen: bool = False) -> dict[str, dict[str, float]]:
+    """The figures of `agreement` on some lessons; frozen: see `VocabObjective`."""
     student.eval()
-    objective = VocabObjective(student)
+    objective = VocabObjective(student, frozen)
     values = []
     for start in range(0, len(lessons), ROWS):
         some = lessons[start : start + ROWS]

@@ -32,6 +32,8 @@ class Lesson:
     logprobs_PK: Tensor
     """log π0 of the candidates; -inf for one that doesn't count."""
     values_PKJ: Tensor
+    states_PH: Tensor
+    """The teacher's hidden states of the parents."""
 
 
 def labels(lessons: Sequence[Lesson], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,13 +73,13 @@ class Lessons:
         return Lesson(row, *(torch.cat(each).clone() for each in zip(*parts, strict=True)))
 
     @torch.inference_mode()
-    def _part(self, prompt: list[int], responses: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates, log π0 and values at every place of some responses to a prompt."""
+    def _part(self, prompt: list[int], responses: list[list[int]]) -> tuple[Tensor, ...]:
+        """Candidates, log π0, values and states at every place of some responses to a prompt."""
         count = len(responses)
         with self._policy.sequences(count) as owners, self._value.sequences(count):
             tokens = [(*prompt, *response) for response in responses]
             logits = self._policy.extend(owners, tokens, logits=True)
-            self._value.extend(owners, tokens)
+            states = self._value.extend(owners, tokens)
             first = np.cumsum([0, *map(len, tokens[:-1])])
             # the state before each token of the response, as an index into the pass, and the token's place
             index = np.repeat(owners, [len(response) for response in responses])
@@ -89,4 +91,4 @@ class Lessons:
             nothing: list[tuple[int, ...]] = [()] * count
             branches, _ = self._value.branch(owners, nothing, index.repeat(k), flat, places=places.repeat(k))
         values = self._teacher.values(self._teacher.outputs(branches)).view(*asked.shape, -1)
-        return asked, logprobs.gather(1, asked).masked_fill(~valid, guidance.NEVER), values
+        return asked, logprobs.gather(1, asked).masked_fill(~valid, guidance.NEVER), values, states[parents]
