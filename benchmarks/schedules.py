@@ -278,9 +278,9 @@ def fast(material: Material, rows: list[Row], strength: float, batch: int, round
     ]
     same = {row.case: row.value for row in rows if row.metric == "kept at the same β"}
     own = {row.case: row.value for row in rows if row.metric == "kept"}
-    for what, suffix, shares in (
-        ("at the same β", f", β = {strength:g}", same),
-        (AS_FAR, f", {AS_FAR} (β = {strength:g})", own),
+    for what, suffix, shares, mark in (
+        ("at the same β", f", β = {strength:g}", same, "-same"),
+        (AS_FAR, f", {AS_FAR} (β = {strength:g})", own, ""),
     ):
         shares = {case.removesuffix(suffix): share for case, share in shares.items() if case.endswith(suffix)}
         good = [name for name, share in shares.items() if share >= KEEP and name != RANDOM]
@@ -289,7 +289,7 @@ def fast(material: Material, rows: list[Row], strength: float, batch: int, round
             case = f"batch {batch}: fastest that keeps {KEEP:.0%} {what} ({best}) / generate"
             found.append(Row(case, "ratio", ratios[best], "x", ">= 1.0"))
         if path and len(shares) > 1:
-            drawn = path.with_name(f"{path.stem}-{batch}.png")
+            drawn = path.with_name(f"{path.stem}-{batch}{mark}.png")
             drawn.parent.mkdir(parents=True, exist_ok=True)
             drawn.write_bytes(figure(shares, ratios, batch, what))
     return found

@@ -19,3 +19,20 @@ def tokenizer_only(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def s3_store():
+    """An S3 server of the module's own."""
+    from s3_server import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3_store, request, monkeypatch):
+    """A fresh prefix on the server, with the environment that leads to it."""
+    for name, value in s3_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://test/{request.node.name}"

@@ -9,27 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from s3_server import s3_server
 from tiny import tiny_tokenizer, tiny_value
 
 from vas import config, s3, storage
 from vas.errors import VasError
 from vas.models.value import ValueModel
 from vas.prompts import load_prompts
-from vas.run.directory import RunDirectory, place_of
 
 TABLE = pa.table({"id": [1, 2, 3], "text": ["fox", "dög", None], "tokens": [[1, 2], [], [3]]})
-
-
-def run_config(runs_dir: str, **changes) -> config.RunConfig:
-    content = {
-        "name": "stored",
-        "runs_dir": runs_dir,
-        "base": {"model": "bundled:smollm2-135m-instruct"},
-        "prompts": {"source": "bundled:demo"},
-        "rewards": {"brief": {"use": "brevity"}},
-    }
-    return config.parse_config(content | changes, "test")
 
 
 # --- locations ----------------------------------------------------------------------------------
@@ -64,14 +51,6 @@ def test_an_s3_endpoint_that_is_no_url_is_said(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:8333")
     with pytest.raises(VasError, match=r"cannot use this S3 endpoint(.|\n)*AWS_ENDPOINT_URL=localhost:8333"):
         storage.kind_of("s3://bucket/runs")
-
-
-def test_a_run_cannot_be_a_bucket():
-    assert place_of("s3://bucket/runs/demo/") == ("s3://bucket/runs", "demo")
-    assert place_of("s3://bucket/demo") == ("s3://bucket", "demo")
-    assert place_of("/demo") == ("/", "demo")
-    with pytest.raises(VasError, match="cannot be a whole bucket"):
-        place_of("s3://bucket")
 
 
 def test_an_unknown_kind_of_uri_is_refused():
@@ -252,81 +231,7 @@ def test_a_stream_that_fails_leaves_nothing(place):
     assert storage.list_files(place, hidden=True) == []
 
 
-# --- run directories ----------------------------------------------------------------------------
-
-
-def test_a_run_is_reopened_and_another_config_refused(tmp_path):
-    run = RunDirectory.create(run_config(str(tmp_path)))
-    with run.stage("prompts") as about:
-        about["train"] = 3
-    before = (tmp_path / "stored" / "run.json").read_bytes()
-    assert RunDirectory.create(run_config(str(tmp_path), resources={"workers": 2})).done("prompts")
-    with pytest.raises(VasError, match="another config: seed was 0, now 1"):
-        RunDirectory.create(run_config(str(tmp_path), seed=1))
-    assert (tmp_path / "stored" / "run.json").read_bytes() == before
-
-
-def test_a_run_that_has_nothing_yet_takes_a_mended_config(tmp_path):
-    """A first attempt with a wrong model id must not lock its name."""
-    run = RunDirectory.create(run_config(str(tmp_path), base={"model": "no/such"}))
-    with pytest.raises(KeyError), run.stage("prompts"):
-        raise KeyError
-    mended = RunDirectory.create(run_config(str(tmp_path)))
-    assert mended.config.base.model == "bundled:smollm2-135m-instruct"
-    assert RunDirectory.open(mended.location).config == mended.config
-
-
-def test_an_interrupted_stage_says_so_and_goes_on(tmp_path):
-    run = RunDirectory.create(run_config(str(tmp_path)))
-    with pytest.raises(RuntimeError), run.stage("rollouts"):
-        raise RuntimeError
-    again = RunDirectory.open(run.location)
-    assert again.about("rollouts")["state"] == "interrupted"
-    assert not again.done("rollouts")
-    with again.stage("rollouts"):
-        pass
-    assert RunDirectory.open(run.location).done("rollouts")
-
-
-def test_a_run_that_is_not_there_suggests_the_nearest(tmp_path):
-    RunDirectory.create(run_config(str(tmp_path)))
-    with pytest.raises(VasError, match="did you mean 'stored'"):
-        RunDirectory.open(str(tmp_path / "sotred"))
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', "\udc80", '{"config": 3}'])
-def test_a_damaged_run_json_is_named(tmp_path, content):
-    file = tmp_path / "run.json"
-    file.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(VasError) as caught:
-        RunDirectory.open(str(tmp_path))
-    assert caught.value.where == str(file)
-
-
-def test_a_run_json_without_its_state_is_damaged(tmp_path):
-    run = RunDirectory.create(run_config(str(tmp_path)))
-    record = json.loads(storage.read_bytes(run.path("run.json")))
-    for key in ("digest", "stages"):
-        storage.write_bytes(run.path("run.json"), json.dumps({k: v for k, v in record.items() if k != key}).encode())
-        with pytest.raises(VasError, match=f"damaged: .*{key}"):
-            RunDirectory.open(run.location)
-
-
 # --- S3 -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def bucket(server, request, monkeypatch):
-    """A fresh prefix on the server, with the environment that leads to it."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://test/{request.node.name}"
 
 
 def test_s3_bytes_tables_and_listing(bucket):
@@ -362,21 +267,6 @@ def test_s3_prompts(bucket):
         load_prompts(config.Prompts(source=f"{bucket}/none"))
 
 
-def test_s3_run_directory(bucket):
-    run = RunDirectory.create(run_config(bucket))
-    with run.stage("prompts") as about:
-        about["train"] = 3
-    again = RunDirectory.open(f"{bucket}/stored/")
-    assert again.config == run.config
-    assert again.done("prompts")
-    assert again.about("prompts")["train"] == 3
-    assert again.rollouts == f"{bucket}/stored/rollouts/round=0"
-    with pytest.raises(VasError, match="seed was 0, now 1"):
-        RunDirectory.create(run_config(bucket, seed=1))
-    with pytest.raises(VasError, match="there is no run here"):
-        RunDirectory.open(f"{bucket}/other")
-
-
 def test_s3_value_model(bucket):
     model = tiny_value(objectives=("positive", "concise"))
     model.save(f"{bucket}/value", tiny_tokenizer(), "# A card", [{"epoch": 1}])
@@ -392,8 +282,8 @@ def test_s3_value_model(bucket):
     assert caught.value.where == f"{bucket}/none"
 
 
-def test_s3_wrong_credentials_and_no_server_are_said(server, monkeypatch):
-    for name, value in server.environment.items():
+def test_s3_wrong_credentials_and_no_server_are_said(s3_store, monkeypatch):
+    for name, value in s3_store.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     for look in (storage.exists, storage.list_files, storage.kind_of):
