@@ -106,3 +106,21 @@ def test_guided_responses_are_the_same_in_lanes(monkeypatch):
     for done, reference in zip(Engine(base, scorers_of(models)).generate(requests), expected, strict=True):
         assert done.token_ids == reference.token_ids
         assert done.guided_logprobs == pytest.approx(reference.guided_logprobs, abs=1e-5)
+
+
+def test_a_pass_that_stops_half_way_leaves_a_cache_that_lanes_wait_for(monkeypatch):
+    runner = ModelRunner(tiny_value(layers=3).backbone)
+    texts = prompts(*[20] * 4)
+    ran = []
+    monkeypatch.setattr(lanes, "run", lambda works: ran.append(len(works)) or [work() for work in works])
+    for owner in range(4):
+        runner.cache.add(owner)
+    write = runner.cache.write
+    monkeypatch.setattr(runner.cache, "write", lambda layer, *rest: write(layer, *rest) if layer < 1 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        runner.extend(range(4), texts)
+    monkeypatch.setattr(runner.cache, "write", write)
+    for _ in range(2):
+        runner.extend(range(4), texts)
+    assert ran == [1, 1, 2]
+    assert runner.cache.depth == 3

@@ -39,6 +39,11 @@ class KVCache:
         return len(self._owners)
 
     @property
+    def depth(self) -> int:
+        """Layers that have memory: each gets it when it is first written to."""
+        return len(self._layers)
+
+    @property
     def keys(self) -> list[Tensor]:
         """The keys of each layer: [rows, heads, columns, head_dim]."""
         return [layer[0, :, :, self.aside :] for layer in self._layers]

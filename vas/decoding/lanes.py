@@ -16,6 +16,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from vas.models.base import set_threads
+
 MOST = 4  # lanes; for machines with more cores nobody has measured what so many readers of the weights cost
 LEAST = 16  # tokens of a lane: with fewer, reading the weights takes longer than the products
 UNEVEN = 1.1  # what the fullest lane may have of its share, for all wait for it
@@ -45,20 +47,31 @@ def run(works: Sequence[Callable[[], T]]) -> list[T]:
     if len(works) == 1:
         return [works[0]()]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     others: list[Future[T]] = []
     try:
+        torch.set_num_threads(1)
         others += [_lanes().submit(_inferring, work) for work in works[1:]]
         first = works[0]()
     finally:
-        wait(others)  # none may write into the KV cache later
-        torch.set_num_threads(threads)
+        try:
+            _wait(others)  # none may write into the KV cache later
+        finally:
+            torch.set_num_threads(threads)
     return [first, *(other.result() for other in others)]
+
+
+def _wait(futures: list[Future[T]]) -> None:
+    """Wait for all of them, also when Ctrl-C comes meanwhile."""
+    try:
+        wait(futures)
+    except KeyboardInterrupt:
+        wait(futures)
+        raise
 
 
 @cache
 def _lanes() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MOST - 1, "lane", torch.set_num_threads, (1,))
+    return ThreadPoolExecutor(MOST - 1, "lane", set_threads, (1,))
 
 
 @torch.inference_mode()  # which each thread has to say for itself

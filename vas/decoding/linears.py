@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache
 from typing import cast
 
@@ -126,7 +126,7 @@ def pack(model: nn.Module, kind: Linears) -> None:
                 setattr(parent, name, make(child.weight, child.bias, kind))
 
 
-def settle(model: nn.Module, kind: Linears) -> Linears:
+def settle(model: nn.Module, kind: Linears, among: Container[str] = _KINDS) -> Linears:
     """What `fastest` means for this model on this machine: measured, not guessed. Other kinds stay what they are.
 
     Times the first layers, enough of them to overflow a processor's cache, at several numbers of rows,
@@ -140,7 +140,7 @@ def settle(model: nn.Module, kind: Linears) -> Linears:
             weights.append(module.weight.detach())
     if not weights:
         return "exact"
-    times = {name: _seconds([_KINDS[name](w, None) for w in weights], weights) for name in kinds()}
+    times = {name: _seconds([_KINDS[name](w, None) for w in weights], weights) for name in kinds() if name in among}
     return cast(Linears, min(times, key=lambda name: times[name]))
 
 

@@ -50,6 +50,12 @@ def supports(model: PreTrainedModel) -> bool:
     return type(model) in FAMILY and model.config.hidden_act == "silu" and not switches.off("fused_llama")
 
 
+def stretches(model: PreTrainedModel) -> bool:
+    """Whether its positions' frequencies depend on how long the longest text of a pass is."""
+    scaling = getattr(model.config, "rope_parameters", None) or {}
+    return scaling.get("rope_type") in ("dynamic", "longrope")
+
+
 @dataclass(slots=True)
 class _Layer:
     """One decoder layer's weights."""
@@ -78,6 +84,7 @@ class FusedLlama:
         self._heads, self._shared = config.num_attention_heads, config.num_key_value_heads
         self._dim: int = backbone.layers[0].self_attn.head_dim
         self._layers = [self._layer(layer, kind, free) for layer in backbone.layers[: config.num_hidden_layers]]
+        self.depth = len(self._layers)
         self._head = _join([cast(Any, model).lm_head], kind, free) if model is not backbone else None
 
     def _layer(self, layer: Any, kind: Linears, free: bool) -> _Layer:

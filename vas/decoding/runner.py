@@ -89,7 +89,9 @@ class ModelRunner:
         kind = linears.settle(model, kind)
         fused = FusedLlama(model, kind, free) if llama.supports(model) else None
         self._forward = fused or HuggingFace(model, kind, free)
-        self._lanes = fused is not None and model.device.type == "cpu" and not switches.off("lanes")
+        apart = fused is not None and model.device.type == "cpu" and not llama.stretches(model)
+        self._depth = fused.depth if fused and apart and not switches.off("lanes") else None
+        """Layers of a model that several threads may run at once."""
         aside = uniform.ASIDE if fused and uniform.pays(model) else 0
         self.cache = KVCache(model.device, limit, aside)
         self.uniform = Uniform(fused, self.cache) if fused and aside else None
@@ -148,7 +150,7 @@ class ModelRunner:
         """
         counts = np.array([len(each) for each in tokens])
         spans = [slice(0, len(owners))]
-        if self._lanes and self.cache.memory():  # which the first pass gets, a layer after the other
+        if self.cache.depth == self._depth:  # else the pass gives the cache's layers their memory, one after the other
             spans = lanes.spans(counts + np.bincount(index, minlength=len(owners)))
         parts = []
         for span in spans:
@@ -199,6 +201,7 @@ def _joined(outputs: list[Tensor], parts: list[Pass]) -> tuple[Tensor, Pass]:
         return outputs[0], first
     kept = [output[: part.kept] for output, part in zip(outputs, parts, strict=True)]
     tried = [output[part.kept :] for output, part in zip(outputs, parts, strict=True)]
-    branching = [part.branches for part in parts if part.branches]
-    first.branches = [torch.cat(layer) for layer in zip(*branching, strict=True)]
+    if branching := [part.branches for part in parts if part.branches]:
+        depth = len(branching[0])
+        first.branches = [torch.cat([layers.pop(0) for layers in branching]) for _ in range(depth)]  # none held twice
     return torch.cat([*kept, *tried]), first

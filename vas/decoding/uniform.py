@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vas.decoding import llama
 from vas.decoding.attention import attend_grid
 from vas.decoding.cache import KVCache, leading, power
 from vas.decoding.graphs import Graphs, upload
@@ -28,8 +29,7 @@ APPENDED = 8  # tokens that a row may append; more are read in a ragged pass
 
 def pays(model: PreTrainedModel) -> bool:
     """Whether to run a model's steps so: on a GPU, unless its positions' frequencies depend on how long a text is."""
-    scaling = getattr(model.config, "rope_parameters", None) or {}
-    return model.device.type == "cuda" and scaling.get("rope_type") not in ("dynamic", "longrope")
+    return model.device.type == "cuda" and not llama.stretches(model)
 
 
 class UniformPass:

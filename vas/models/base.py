@@ -81,6 +81,7 @@ def pick_device(device: str | None = None) -> torch.device:
 
 def set_threads(threads: int) -> None:
     """Give torch as many threads as Ray gave CPUs; more would fight over them. To be called before a model is run."""
+    torch.get_num_threads()  # torch's first word with a thread would undo what was set before
     torch.set_num_threads(max(1, threads))
     # oneDNN keeps code for each shape of a product that it has met, by default for 1,024 of them: 700 MB of a replica
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

@@ -91,4 +91,4 @@ class Lessons:
             nothing: list[tuple[int, ...]] = [()] * count
             branches, _ = self._value.branch(owners, nothing, index.repeat(k), flat, places=places.repeat(k))
         values = self._teacher.values(self._teacher.outputs(branches)).view(*asked.shape, -1)
-        return asked, logprobs.gather(1, asked).masked_fill(~valid, guidance.NEVER), values, states[parents]
+        return asked, logprobs.gather(1, asked).masked_fill(~valid, guidance.NEVER), values, states[parents].cpu()
