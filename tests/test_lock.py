@@ -13,7 +13,7 @@ import pytest
 from command import python_environment
 from s3_proxy import s3_proxy
 from s3_server import s3_server
-from test_storage import run_config
+from test_run_directory import run_config
 
 from vas import storage
 from vas.errors import VasError
