@@ -245,9 +245,10 @@ def test_what_is_not_told_is_drawn_while_others_go_on(served):
     """Five tokens are told, so that the server draws every third or so; every response has all its tokens."""
     few = ServedModel(served.server)
     few.top = 5
-    requests = [asked(few, str(i), beta=0.5, seed=i, max_tokens=10) for i in range(6)]
+    requests = [asked(few, str(i), beta=0.5, seed=i, max_tokens=10, logprobs=2) for i in range(6)]
     found = guided_by_any(few).generate(requests)
     assert all(len(each.token_ids) == 10 or each.finish_reason == "stop" for each in found)
+    assert {len(top) for each in found for top in each.top} == {2}  # not with what is not told as one of them
     assert (
         sum(
             each.token_ids[0] not in few._ahead(Prefix(r.prompt_token_ids), 5).tokens

@@ -45,6 +45,11 @@ class BaseRunner(Protocol):
     """A base model that can run sequences."""
 
     @property
+    def vocabulary(self) -> int | None:
+        """Columns of its logits that are tokens, the first ones; None if all are."""
+        ...
+
+    @property
     def cache(self) -> Room:
         """Where its sequences are."""
         ...
@@ -76,6 +81,8 @@ class BaseRunner(Protocol):
 
 class LocalRunner(ModelRunner):
     """A base model with its weights here: whatever is ready can go on at once."""
+
+    vocabulary: int | None = None
 
     def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
         """Run tokens of prompts for their KV."""

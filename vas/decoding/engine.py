@@ -304,7 +304,7 @@ class Engine:
             guided_BV, kl_B = self._guide(sequences, base_BV)
         with self.clock.part("sample"):
             guided_BV = self._runner.certain(guided_BV, knobs)
-            drawn, told = draw(sequences, base_BV, guided_BV, kl_B, self._guide.about)
+            drawn, told = draw(sequences, base_BV, guided_BV, kl_B, self._guide.about, self._runner.vocabulary)
             scores = self._guide.scores(sequences, told)
             settled = self._runner.settle(sequences, drawn)
         found: list[_Drawn] = []

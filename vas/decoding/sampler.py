@@ -44,12 +44,17 @@ def policy(logits_BV: Tensor, knobs: Many[SamplingParams]) -> Tensor:
 
 
 def draw(
-    sequences: Many[Sequence], base_BV: Tensor, guided_BV: Tensor, kl_B: Tensor, about: Callable[[Tensor], Tensor]
+    sequences: Many[Sequence],
+    base_BV: Tensor,
+    guided_BV: Tensor,
+    kl_B: Tensor,
+    about: Callable[[Tensor], Tensor],
+    vocabulary: int | None = None,
 ) -> tuple[list[Drawn], list[list[float]]]:
     """The next token of every sequence, with its log π0 and log π, and KL(π‖π0) of the step.
 
     about: finds more figures [B, X] of the tokens drawn [B]. They are returned beside them, so that a GPU is
-    waited for once.
+    waited for once. vocabulary: columns that are tokens, the first ones; None if all are.
     """
     device, knobs = base_BV.device, [s.request.sampling for s in sequences]
     seeds = [fork(s.request.sampling.seed, s.fork) for s in sequences]
@@ -61,7 +66,7 @@ def draw(
     taken = [each.gather(1, chosen_B1) for each in (base_BV, guided_BV)]
     token_B1 = chosen_B1.to(base_BV)  # exact: there are fewer tokens than float32 has whole numbers
     figures = torch.cat([token_B1, *taken, kl_B[:, None], about(chosen_B).to(base_BV)], dim=1).tolist()
-    top = _likeliest(base_BV, guided_BV, [k.logprobs for k in knobs])
+    top = _likeliest(base_BV[:, :vocabulary], guided_BV[:, :vocabulary], [k.logprobs for k in knobs])
     drawn = [Drawn(int(row[0]), row[1], row[2], row[3], each) for row, each in zip(figures, top, strict=True)]
     return drawn, [row[4:] for row in figures]
 

@@ -70,7 +70,7 @@ class ServedRunner:
 
     def __init__(self, model: ServedModel, limit: int | None = None) -> None:
         self._model = model
-        self.device = model.device
+        self.device, self.vocabulary = model.device, model.vocabulary
         self.cache = Calls(limit)
         self.cache.forget = lambda owner: (self._ahead.pop(owner, None), self._half.pop(owner, None))
         self._rest_V = torch.arange(model.vocabulary + 1) == model.vocabulary
@@ -161,7 +161,6 @@ class ServedRunner:
         settled: list[Drawn | None] = []
         for sequence, each in zip(sequences, drawn, strict=True):
             ahead = self._ahead.pop(sequence.owner)
-            each = each._replace(top=tuple(one for one in each.top if one[0] < vocab))
             if each.token < vocab:
                 settled.append(each)
                 continue
