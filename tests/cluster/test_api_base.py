@@ -205,7 +205,8 @@ def test_an_endpoint_in_front_of_the_server(run, content):
 
     with proxy(content["base"]["openai"], change) as front, serving.cluster():
         base = run.config.base.model_copy(update={"openai": front}).model_dump()
-        serving.run({"run": run.location, "base": base, "name": "called", "drain_seconds": 10})
+        about = {"name": "called", "drain_seconds": 10, "sends_per_second": 1000}  # a chunk a token
+        serving.run({"run": run.location, "base": base, **about})
         client = serving.client()
 
         def ask(**more: Any) -> tuple[str, list[str]]:
