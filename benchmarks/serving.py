@@ -220,10 +220,10 @@ def main() -> None:
     parser.add_argument("--lengths", nargs=2, type=int, default=(16, 48), metavar=("LEAST", "MOST"), help="in tokens")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
-    setting = Setting.load(MODEL, LAYERS, None, "auto")
     if arguments.requests <= STREAMS or arguments.lengths[0] > arguments.lengths[1]:
         parser.error(f"--requests: more than {STREAMS}; --lengths: the least first")
     lengths = spread(arguments.requests, *arguments.lengths)
+    setting = Setting.load(MODEL, LAYERS, None, "auto")
     measured: list[tuple[str, Turn]] = []
     with TemporaryDirectory() as folder:
         setting.value.save(folder, setting.base.tokenizer, "# A random one")

@@ -12,7 +12,6 @@ import psutil
 import pytest
 from command import python_environment
 from s3_proxy import s3_proxy
-from s3_server import s3_server
 from test_run_directory import run_config
 
 from vas import storage
@@ -65,19 +64,6 @@ class Worker:
         self.process.send_signal(number)
         if number == signal.SIGKILL:
             self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def bucket(server, request, monkeypatch):
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://test/{request.node.name}"
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -260,9 +246,9 @@ def test_run_json_is_not_written_over_anothers(bucket):
     assert storage.read_bytes(run.path("run.json")) == b"{}"
 
 
-def test_a_lease_outlasts_an_outage(server, bucket, monkeypatch, short_lease):
+def test_a_lease_outlasts_an_outage(s3_store, bucket, monkeypatch, short_lease):
     """A holder that cannot reach the server goes on, and still has its lease afterwards."""
-    with s3_proxy(server, kinds=["reset_before", "slow_down"]) as proxy:
+    with s3_proxy(s3_store, kinds=["reset_before", "slow_down"]) as proxy:
         for name, value in proxy.environment.items():
             monkeypatch.setenv(name, value)
         run = RunDirectory.create(run_config(bucket))

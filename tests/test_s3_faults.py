@@ -7,7 +7,6 @@ import time
 import pyarrow as pa
 import pytest
 from s3_proxy import KINDS, s3_proxy
-from s3_server import s3_server
 
 from vas import s3, storage
 from vas.errors import VasError
@@ -19,19 +18,13 @@ TABLE = pa.table({"n": list(range(1000)), "text": [str(number) * 20 for number i
 SMALL = pa.table({"n": [1, 2, 3, 4]})
 
 
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as server:
-        yield server
-
-
 @pytest.fixture
-def through(server, monkeypatch, request):
+def through(s3_store, monkeypatch, request):
     """Makes a proxy that this test goes through; yields a function of its settings."""
     proxies = []
 
     def start(**settings):
-        opened = s3_proxy(server, **settings)
+        opened = s3_proxy(s3_store, **settings)
         proxies.append(opened)
         proxy = opened.__enter__()
         for name, value in proxy.environment.items():

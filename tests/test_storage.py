@@ -282,9 +282,7 @@ def test_s3_value_model(bucket):
     assert caught.value.where == f"{bucket}/none"
 
 
-def test_s3_wrong_credentials_and_no_server_are_said(s3_store, monkeypatch):
-    for name, value in s3_store.environment.items():
-        monkeypatch.setenv(name, value)
+def test_s3_wrong_credentials_and_no_server_are_said(bucket, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     for look in (storage.exists, storage.list_files, storage.kind_of):
         with pytest.raises(VasError, match=r"cannot look here(.|\n)*AWS_SECRET_ACCESS_KEY"):

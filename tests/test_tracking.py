@@ -5,7 +5,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from s3_server import s3_server
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vas import storage
@@ -55,18 +54,15 @@ def test_a_curve_goes_on_from_the_checkpoint_without_what_came_after_it(tmp_path
     assert curve(tmp_path, "loss") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
-def test_a_uri_gets_a_copy(tmp_path, monkeypatch):
-    with s3_server() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        uri = "s3://test/runs/demo/train/tensorboard"
-        for start in (1, 3):
-            with Tracking.open(["tensorboard"], "demo", uri, CONFIG) as tracking:
-                tracking.log(start, {"loss": 0.5})
-                tracking.flush()
-                storage.copy_directory(uri, str(tmp_path / f"flushed {start}"))
-                tracking.log(start + 1, {"loss": 0.25})
-        storage.copy_directory(uri, str(tmp_path / "closed"))
+def test_a_uri_gets_a_copy(tmp_path, bucket):
+    uri = f"{bucket}/demo/train/tensorboard"
+    for start in (1, 3):
+        with Tracking.open(["tensorboard"], "demo", uri, CONFIG) as tracking:
+            tracking.log(start, {"loss": 0.5})
+            tracking.flush()
+            storage.copy_directory(uri, str(tmp_path / f"flushed {start}"))
+            tracking.log(start + 1, {"loss": 0.25})
+    storage.copy_directory(uri, str(tmp_path / "closed"))
     assert curve(tmp_path / "flushed 1", "loss") == [(1, 0.5)]
     assert curve(tmp_path / "closed", "loss") == [(1, 0.5), (2, 0.25), (3, 0.5), (4, 0.25)]
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from command import message, python, tiny_run, vas
-from s3_server import s3_server
 from tiny import tiny_tokenizer, tiny_value
 
 from vas import storage
@@ -97,14 +96,11 @@ def test_show_knows_vocab_heads_and_checkpoints_without_a_history(vocab, capsys)
     assert re.search(r"positive +1 +0.5 +2 +0.700 +–", capsys.readouterr().out)
 
 
-def test_a_checkpoint_is_found_on_s3(run, vocab, monkeypatch, capsys):
-    with s3_server() as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        storage.copy_directory(run.value, "s3://test/value/default")
-        found = Checkpoint.open("s3://test/value/default")
-        assert found.parameters() == Checkpoint.open(run.value).parameters()
-        score_text(found, "the fox", None, ["positive"], plain=True, as_json=True)
+def test_a_checkpoint_is_found_on_s3(run, vocab, bucket, capsys):
+    storage.copy_directory(run.value, f"{bucket}/value/default")
+    found = Checkpoint.open(f"{bucket}/value/default")
+    assert found.parameters() == Checkpoint.open(run.value).parameters()
+    score_text(found, "the fox", None, ["positive"], plain=True, as_json=True)
     assert len(json.loads(capsys.readouterr().out)["objectives"]["positive"]["values"]) == len(ids("the fox"))
 
 

@@ -52,15 +52,15 @@ class VocabObjective(nn.Module):
 
     def values(self, lessons: Sequence[Lesson], tokens_PK: Tensor) -> Tensor:
         """The student's values of the lessons' candidates [P, K, J]."""
-        states = [lesson.states_PH for lesson in lessons] if self.frozen else self._states(lessons)
-        parents_PH = torch.cat(states).to(self.student.device)
+        taught = [lesson.states_PH for lesson in lessons]
+        parents_PH = torch.cat(taught).to(self.student.device) if self.frozen else self._states(lessons)
         return self.student.next_values(self.student.outputs(parents_PH), tokens_PK)
 
-    def _states(self, lessons: Sequence[Lesson]) -> list[Tensor]:
+    def _states(self, lessons: Sequence[Lesson]) -> Tensor:
         """The student's hidden states of the parents: [P, H]."""
         batch = collate([lesson.row for lesson in lessons]).to(self.student.device)
         step = torch.arange(batch.state_NS.shape[1], device=self.student.device)
-        return [hidden_states(self.student, batch)[step < batch.last_N[:, None]]]
+        return hidden_states(self.student, batch)[step < batch.last_N[:, None]]
 
 
 def new_student(teacher: ValueModel) -> ValueModel:
