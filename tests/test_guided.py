@@ -74,7 +74,7 @@ def test_steps_without_guidance_cost_no_value_pass_and_adaptive_k_narrows_it():
 
     every, steps = positions()
     assert steps == 20
-    assert positions(schedule="entropy:99") == (len(prompt) - 1, 0)
+    assert positions(schedule="entropy:99") == (0, 0)
     half, some = positions(schedule="entropy:3.2")
     assert 0 < some < steps
     assert half < every

@@ -40,8 +40,10 @@ def test_later_prompts_copy_a_shared_prefix_and_run_only_the_rest(arch, objectiv
     names = [FIRST, SECOND] if objectives == BOTH else [FIRST] if objectives else []
     for done, unread in zip(completions, [20 + rests[0], *rests[1:]], strict=True):
         assert done.base_positions == unread + len(done.token_ids)
-        # no step is guided, so a value model has read the prompt and nothing else
-        assert done.value_positions == dict.fromkeys(names, unread)
+        # no step is guided, so a value model has read the prompt and nothing else; and a rest of one that the base
+        # model read in passing would wait for a step that is
+        passing = arch == "llama" and done is not completions[0]
+        assert done.value_positions == ({} if passing else dict.fromkeys(names, unread))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

@@ -60,8 +60,8 @@ def test_most_steps_are_uniform_and_run_the_token_that_was_taken_again():
     engine = Engine(base, scorers_of(models[:1]))
     ragged = []
     for runner in (engine._runner, engine._scorers[0]._runner):
-        branch = runner.branch
-        runner.branch = lambda *arguments, branch=branch: ragged.append(arguments) or branch(*arguments)
+        run = runner._run
+        runner._run = lambda *arguments, run=run: ragged.append(arguments) or run(*arguments)
     asked = request("r", prompts(20)[0], ONE, candidates=6, max_tokens=9)
     (done,) = engine.generate([asked])
     assert len(ragged) == 2, "the prompt, by each model"

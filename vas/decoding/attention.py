@@ -27,6 +27,7 @@ from vas.guidance import additive_mask
 
 NAME = "vas"  # as transformers knows this attention
 UNKNOWN = ("s_aux", "position_bias")  # attention sinks, learned biases
+PADDING = 1 << 15  # scores of a head, of nobody's tokens, that cost as much as to attend in a grid more
 
 
 class Pass:
@@ -42,7 +43,7 @@ class Pass:
         self, cache: KVCache, owners: Sequence[Hashable], index: np.ndarray, column: np.ndarray, kept: int
     ) -> None:
         device = cache.device
-        self._cache, self.kept, self._total, self._batch = cache, kept, len(index), len(owners)
+        self._cache, self.kept, self.total, self._batch = cache, kept, len(index), len(owners)
         self._width = int(max(column[:kept].max(initial=-1) + 1, column[kept:].max(initial=0)))
         rows = cache.rows(owners)
         self._rows = together(rows) or torch.from_numpy(rows).to(device)
@@ -51,7 +52,7 @@ class Pass:
         self._kept_place_N = self.column_N[:kept] + cache.aside
         slot = self._shape_padding(index)
         self._slot_N = None if slot is None else torch.from_numpy(slot).to(device)
-        self._branching = kept < self._total
+        self._branching = kept < self.total
         self._masks: dict[tuple[int | None, int, int], Tensor] = {}
         self.branches: list[Tensor] = []
         """Keys and values of the branches, a layer each: [branches, 2, heads, head_dim]."""
@@ -61,11 +62,11 @@ class Pass:
         """Every token's place in a padded grid of B x T, in which attention computes; None if they fill it in order."""
         count = np.bincount(index, minlength=self._batch)
         self._longest = int(count.max())
-        if self.kept in (0, self._total) and self._batch * self._longest == self._total:
+        if self.kept in (0, self.total) and self._batch * self._longest == self.total:
             return None
         order = np.argsort(index, kind="stable")  # a sequence's kept tokens, then its branches
         place = np.empty_like(order)
-        place[order] = np.arange(self._total)
+        place[order] = np.arange(self.total)
         return index * self._longest + place - (count.cumsum() - count)[index]
 
     def _grid(self, tokens_NX: Tensor) -> Tensor:
@@ -139,6 +140,36 @@ class Pass:
         return result.reshape(-1, heads, dim)
 
 
+class Joint:
+    """Passes of different sequences that run as one: all but attention of their tokens, which follow each other."""
+
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self._passes, self._totals = passes, [each.total for each in passes]
+        self.column_N = torch.cat([each.column_N for each in passes])
+
+    def attend(
+        self, layer: int, query: Tensor, states: Tensor, scale: float, window: int | None, cap: float | None
+    ) -> Tensor:
+        """As `Pass.attend`."""
+        parts = zip(self._passes, query.split(self._totals), states.split(self._totals), strict=True)
+        return torch.cat([where.attend(layer, own, pairs, scale, window, cap) for where, own, pairs in parts])
+
+
+def alike(tokens: np.ndarray, among: slice, width: int) -> list[slice]:
+    """Spans of neighbours among a pass's sequences, so alike in numbers of tokens that they attend in one padded grid.
+
+    tokens: how many each sequence has; a span without any is left out. width: columns that they read.
+    """
+    spans, start, longest, total = [], among.start, 0, 0
+    for number in range(among.start, among.stop):
+        count = int(tokens[number])
+        longest, total = max(longest, count), total + count
+        if (longest * (number + 1 - start) - total) * width > PADDING:
+            spans.append(slice(start, number))
+            start, longest, total = number, count, count
+    return [span for span in (*spans, slice(start, among.stop)) if tokens[span].any()]
+
+
 def attend_grid(
     query_BTHD: Tensor, keys: Tensor, values: Tensor, mask: Callable[[int], Tensor], scale: float
 ) -> Tensor:
@@ -163,7 +194,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    vas_pass: Pass,
+    vas_pass: Pass | Joint,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,

@@ -8,10 +8,14 @@ from typing import Protocol
 
 from torch import Tensor
 
+from vas.decoding import switches
 from vas.decoding.blocks import Block
+from vas.decoding.llama import FusedLlama
 from vas.decoding.runner import ModelRunner
 from vas.decoding.sequence import Drawn, SamplingParams
 from vas.decoding.sequence import Sequence as Running
+
+JOINT = 128  # tokens; with more, products take so long that to read the weights once less saves little
 
 
 @dataclass(slots=True)
@@ -58,6 +62,11 @@ class BaseRunner(Protocol):
         """Let go of memory that only makes steps faster."""
         ...
 
+    @property
+    def joint(self) -> int:
+        """Tokens of a prompt that `logits` may read in passing: prompts with more of them left are `read` before."""
+        ...
+
     def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
         """Append tokens of prompts to sequences."""
         ...
@@ -67,7 +76,7 @@ class BaseRunner(Protocol):
         ...
 
     def logits(self, sequences: Sequence[Running]) -> Tensor:
-        """Of each one's next token, after its last: [B, V], with a column more for tokens that are not told apart."""
+        """Of each one's next token, after all that it has: [B, V], with a column more for tokens not told apart."""
         ...
 
     def certain(self, guided_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
@@ -84,6 +93,12 @@ class LocalRunner(ModelRunner):
 
     vocabulary: int | None = None
 
+    @property
+    def joint(self) -> int:
+        """A prompt costs less in a pass that reads the weights anyway; on a GPU it would change a step's shape."""
+        joins = isinstance(self._forward, FusedLlama) and self.uniform is None
+        return JOINT if joins and not switches.off("joint_prefill") else 0
+
     def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
         """Run tokens of prompts for their KV."""
         self.extend(owners, tokens)
@@ -93,8 +108,9 @@ class LocalRunner(ModelRunner):
         return Arrival(list(sequences))
 
     def logits(self, sequences: Sequence[Running]) -> Tensor:
-        """One pass over each one's last token: [B, V]."""
-        return self.extend([s.owner for s in sequences], [[s.last_token] for s in sequences], logits=True)
+        """One pass over each one's last token, and all that comes before it and was not read: [B, V]."""
+        unread = [s.tokens(s.cached, len(s)) for s in sequences]
+        return self.extend([s.owner for s in sequences], unread, logits=True, last=True)
 
     def certain(self, guided_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
         """All tokens are told apart."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
 
 import torch
@@ -70,9 +70,11 @@ class Engine:
             self._runner = LocalRunner(base.model, linears, free, kv_tokens)
         for scorer in scorers:
             scorer.limit(kv_tokens)
-        self._scheduler = Scheduler(self._runner.cache.fits, max_sequences)
+        self._scheduler = Scheduler(self._runner.cache.fits, max_sequences, self._runner.joint)
         self._prefill_tokens = prefill_tokens
         self._added = 0
+        self.midway: Callable[[], None] | None = None
+        """Called in the middle of a step: requests that it adds may have their first token in the same step."""
         self.preempted = 0
         """How often a sequence was sent back to wait."""
         self.interrupted: tuple[str, ...] = ()
@@ -264,10 +266,10 @@ class Engine:
             self._preempt()
             self._admit()
             with self.clock.part("prefill"):
-                self._prefill()
+                left = self._prefill()
             self._begin_blocks()
             with self.clock.part("base"):
-                arrival = self._runner.arrived([s for s in self._scheduler.running if s.ready])
+                arrival = self._runner.arrived(self._scheduler.ready(left))
             drawn: list[_Drawn] = [(sequence, some, None, reason) for sequence, some, reason in arrival.drawn]
             drawn += self._advance(arrival.ahead) if arrival.ahead else []
             whole = [each for block in arrival.blocks for each in block.continuations]
@@ -295,9 +297,12 @@ class Engine:
         self.failed[sequence.request.request_id] = error
 
     def _advance(self, sequences: list[Sequence]) -> list[_Drawn]:
-        """Draw a token for each of these; continuations of blocks keep theirs."""
+        """Draw a token for each of these, and for late arrivals; continuations of blocks keep theirs."""
         with self.clock.part("base"):
             logits_BV = self._runner.logits(sequences)
+            if late := self._late(sequences):
+                logits_BV = torch.cat([logits_BV, self._runner.logits(late)])
+                sequences = [*sequences, *late]
         with self.clock.part("combine"):
             knobs = [s.request.sampling for s in sequences]
             base_BV = policy(logits_BV, knobs)
@@ -309,10 +314,10 @@ class Engine:
             settled = self._runner.settle(sequences, drawn)
         found: list[_Drawn] = []
         for b, (sequence, each) in enumerate(zip(sequences, settled, strict=True)):
-            sequence.completion.base_positions += 1
+            sequence.completion.base_positions += len(sequence) - sequence.cached
             if each is None:  # its token comes with a later step
                 continue
-            sequence.cached += 1
+            sequence.cached = len(sequence)
             if sequence.block is None:
                 found.append((sequence, [each], scores.get(b), None))
             else:
@@ -320,6 +325,20 @@ class Engine:
                 sequence.pending.append(each)
                 sequence.resting = self._has_its_share(sequence, each.token)
         return found
+
+    def _late(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Sequences that come while the base model runs, and need not wait for the value models to be done with others.
+
+        Only with short prompts: they have a pass of the base model's to themselves.
+        """
+        awaited = any(s.request.guidance.active and not s.blockwise for s in sequences)
+        if self.midway is None or not self._runner.joint or not awaited:
+            return []
+        self.midway()
+        fresh = self._admit()
+        self._copy_prefixes()
+        joining = self._scheduler.joining(self._prefill_tokens)
+        return [s for s in fresh if s in joining]
 
     def _preempt(self) -> None:
         """Send the youngest sequences back to wait, until the others have room for a step."""
@@ -333,27 +352,29 @@ class Engine:
         sequence.restart()
         self._scheduler.waiting.appendleft(sequence)
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[Sequence]:
         """Let waiting sequences in, with a row in every cache they need."""
-        for sequence in self._scheduler.admit():
+        fresh = self._scheduler.admit()
+        for sequence in fresh:
             self._open(sequence)
+        return fresh
 
     def _open(self, sequence: Sequence) -> None:
         self._runner.cache.add(sequence.owner)
         for scorer in self._guide.scorers_of(sequence.request):
             scorer.open(sequence.owner, len(sequence.request.prompt_token_ids))
 
-    def _prefill(self) -> None:
-        """Read prompts, all but the last token, through the base model and the scorers that each needs."""
+    def _prefill(self) -> int:
+        """Read prompts, all but the last token, through the base model and the scorers that each needs.
+
+        Returns how many more tokens of prompts may be read at this step.
+        """
         left = self._prefill_tokens
         while True:
-            for sequence in self._scheduler.sharing():
-                assert sequence.source is not None
-                self._share(sequence.source, sequence, sequence.shared)
-                sequence.source = None
+            self._copy_prefixes()
             chunks = self._scheduler.prefill(left)
             if not chunks:
-                return
+                return left
             tokens = {s: s.tokens(s.cached, s.cached + size) for s, size in chunks}
             self._runner.read([s.owner for s in tokens], list(tokens.values()))
             for scorer in self._scorers:
@@ -368,13 +389,20 @@ class Engine:
                     sequence.completion.scored(scorer.name, size)
                 left -= size
 
+    def _copy_prefixes(self) -> None:
+        """Give sequences the prefixes that they share with others and that these have read by now."""
+        for sequence in self._scheduler.sharing():
+            assert sequence.source is not None
+            self._share(sequence.source, sequence, sequence.shared)
+            sequence.source = None
+
     def _share(self, source: Sequence, target: Sequence, length: int) -> None:
-        """Let `target` hold the first `length` tokens of `source` in every cache."""
+        """Let `target` hold the first `length` tokens of `source` in every cache; a scorer's may hold fewer as yet."""
         self._runner.cache.copy(source.owner, target.owner, length)
         target.cached = length
         for scorer in self._guide.scorers_of(target.request):
-            scorer.share(source.owner, target.owner, length)
-            target.read[scorer.name] = length
+            target.read[scorer.name] = min(length, source.read.get(scorer.name, 0))
+            scorer.share(source.owner, target.owner, target.read[scorer.name])
 
     def _take_in(
         self, sequence: Sequence, drawn: Drawn, scores: dict[str, Score] | None = None, ends: str | None = None

@@ -110,8 +110,8 @@ class FusedLlama:
         places = torch.arange((turning + self._shared) * self._dim).view(-1, 2, self._dim // 2)
         return torch.cat([places[:turning].transpose(1, 2).flatten(), places[turning:].flatten()])
 
-    def __call__(self, ids_N: Tensor, where: Where, logits: bool) -> Tensor:
-        """Logits [N, V], or hidden states after the last norm [N, H]."""
+    def __call__(self, ids_N: Tensor, where: Where, logits: bool, wanted: Tensor | None = None) -> Tensor:
+        """Logits [N, V], or hidden states after the last norm [N, H]; of some tokens alone, if only they are wanted."""
         h = self._embed(ids_N)
         turn_N1D = self._turns(h, where.column_N)
         tokens, queries, half = len(h), self._heads, self._dim // 2
@@ -123,7 +123,7 @@ class FusedLlama:
             h = layer.out(h, found.flatten(1))
             gate, up = layer.gate_up(layer.mlp_norm(h)).chunk(2, dim=-1)
             h = layer.down(h, F.silu(gate).mul_(up))
-        h = self._norm(h)
+        h = self._norm(h if wanted is None else h[wanted])
         if not logits:
             return h
         assert self._head is not None, "a backbone has no logits"

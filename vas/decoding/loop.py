@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +34,15 @@ Listener = Callable[[Token, Completion], None]
 """Told of each token, with the completion so far, in the loop's thread."""
 
 
+@dataclass(slots=True)
+class _Errand:
+    """Something to do with the engine, what whoever asked for it waits for, and whether a step need not be over."""
+
+    do: Callable[[Engine], Any]
+    result: Future[Any]
+    midway: bool = False
+
+
 class Loop:
     """Decodes the requests of many callers at once. All methods may be called from any thread.
 
@@ -41,7 +52,8 @@ class Loop:
     """
 
     def __init__(self, make: Callable[[], Engine], after: Callable[[int, float], None] | None = None) -> None:
-        self._inbox: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Errand] = queue.SimpleQueue()
+        self._put_off: list[_Errand] = []
         self._waiting: dict[str, Future[Result]] = {}
         self._listeners: dict[str, Listener] = {}
         self._seconds: dict[str, float] = {}
@@ -78,7 +90,7 @@ class Loop:
             if listener is not None:
                 self._listeners[request.request_id] = listener
 
-        self._inbox.put((add, result))
+        self._inbox.put(_Errand(add, result, midway=True))
         return result
 
     def abort(self, request_id: str) -> None:
@@ -90,7 +102,7 @@ class Loop:
             if self._after is not None:
                 self._after(0, 0.0)
 
-        self._inbox.put((drop, Future()))
+        self._inbox.put(_Errand(drop, Future()))
 
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
         """Do something else with the engine between two steps."""
@@ -104,7 +116,7 @@ class Loop:
             except Exception as error:
                 result.set_exception(error)
 
-        self._inbox.put((run, result))
+        self._inbox.put(_Errand(run, result))
         return result
 
     def _run(self, make: Callable[[], Engine], ready: Future[Engine]) -> None:
@@ -113,13 +125,17 @@ class Loop:
         except BaseException as error:
             ready.set_exception(error)
             return
+        engine.midway = lambda: self._listen(engine)
         ready.set_result(engine)
         try:
             while True:
-                if not engine.busy:
-                    self._inbox.get()[0](engine)
+                if not engine.busy and not self._put_off:
+                    self._inbox.get().do(engine)
+                put_off, self._put_off = self._put_off, []
+                for errand in put_off:
+                    errand.do(engine)
                 for _ in range(self._inbox.qsize()):  # what comes meanwhile has its turn after the step
-                    self._inbox.get()[0](engine)
+                    self._inbox.get().do(engine)
                 if engine.busy:
                     self._step(engine)
         except EngineDied as death:
@@ -128,16 +144,24 @@ class Loop:
             logger.exception("the engine's loop failed")
             self._die(EngineDied(f"the engine's loop failed: {describe(error)}"))
 
+    def _listen(self, engine: Engine) -> None:
+        """Add the requests that have come; whatever else was asked has its turn after the step."""
+        for _ in range(self._inbox.qsize()):
+            errand = self._inbox.get()
+            if errand.midway:
+                errand.do(engine)
+            else:
+                self._put_off.append(errand)
+
     def _die(self, death: EngineDied) -> None:
         """Tell all who wait, and whoever still asks."""
         self.death = death
         for future in self._waiting.values():
             future.set_exception(death)
         self._waiting.clear()
-        while True:
-            future = self._inbox.get()[1]
-            if not future.done():
-                future.set_exception(death)
+        for errand in chain(self._put_off, iter(self._inbox.get, None)):
+            if not errand.result.done():
+                errand.result.set_exception(death)
 
     def _step(self, engine: Engine) -> None:
         started = time.perf_counter()

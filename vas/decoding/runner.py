@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vas.choices import Linears
 from vas.decoding import attention, lanes, linears, llama, switches, uniform
-from vas.decoding.attention import Pass
+from vas.decoding.attention import Joint, Pass, alike
 from vas.decoding.cache import KVCache
 from vas.decoding.llama import FusedLlama
 from vas.decoding.uniform import Uniform
@@ -50,8 +50,8 @@ class HuggingFace:
         # any mask of four dimensions keeps the model from making one; `attend` has its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
 
-    def __call__(self, ids_N: Tensor, where: Pass, logits: bool) -> Tensor:
-        """Logits [N, V] or last hidden states [N, H]."""
+    def __call__(self, ids_N: Tensor, where: Pass | Joint, logits: bool, wanted: Tensor | None = None) -> Tensor:
+        """Logits [N, V] or last hidden states [N, H]; of some tokens alone, if only they are wanted."""
         with self._attention_replaced():
             output = (self._model if logits else self._backbone)(
                 input_ids=ids_N[None],
@@ -60,7 +60,8 @@ class HuggingFace:
                 use_cache=False,
                 vas_pass=where,
             )
-        return (output.logits if logits else output.last_hidden_state).squeeze(0)
+        found = (output.logits if logits else output.last_hidden_state).squeeze(0)
+        return found if wanted is None else found[wanted]
 
     @contextmanager
     def _attention_replaced(self) -> Iterator[None]:
@@ -123,14 +124,18 @@ class ModelRunner:
             self.cache = before
 
     @torch.inference_mode()
-    def extend(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]], logits: bool = False) -> Tensor:
+    def extend(
+        self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]], logits: bool = False, last: bool = False
+    ) -> Tensor:
         """Append tokens to sequences; returns every token's output [N, ...], in the sequences' order.
 
-        The output is the model's logits, or the backbone's last hidden state.
+        The output is the model's logits, or the backbone's last hidden state. last: each sequence's last token's alone.
         """
         if self.uniform and self.cache is self.uniform.cache and self.uniform.fits(tokens):
-            return self.uniform.append(owners, tokens, logits)
-        return self.branch(owners, tokens, np.empty(0, int), np.empty(0, int), logits)[0]
+            output_NX = self.uniform.append(owners, tokens, logits)
+            return output_NX[_ends(tokens).to(self.device)] if last and len(output_NX) > len(tokens) else output_NX
+        none = np.empty(0, int)
+        return self._run(owners, tokens, none, none, logits, None, last)[0]
 
     @torch.inference_mode()
     def branch(
@@ -148,19 +153,41 @@ class ModelRunner:
         comes before. Returns the outputs of the appended tokens and then the candidates, [N, ...], and the
         pass, which has the candidates' keys and values.
         """
+        return self._run(owners, tokens, index, candidates, logits, places, False)
+
+    def _run(
+        self,
+        owners: Sequence[Hashable],
+        tokens: Sequence[Sequence[int]],
+        index: np.ndarray,
+        candidates: np.ndarray,
+        logits: bool,
+        places: np.ndarray | None,
+        last: bool,
+    ) -> tuple[Tensor, Pass]:
+        """As `branch`; last: the outputs of each sequence's last token alone, where there are no candidates."""
         counts = np.array([len(each) for each in tokens])
+        totals = counts + np.bincount(index, minlength=len(owners))
         spans = [slice(0, len(owners))]
         if self.cache.depth == self._depth:  # else the pass gives the cache's layers their memory, one after the other
-            spans = lanes.spans(counts + np.bincount(index, minlength=len(owners)))
-        parts = []
+            spans = lanes.spans(totals)
+        width = max(self.cache.lengths[owner] for owner in owners) + int(counts.max())
+        works, passes = [], []
         for span in spans:
-            tried = slice(*np.searchsorted(index, [span.start, span.stop]))
-            where = None if places is None else places[tried]
-            parts.append(self._part(owners[span], tokens[span], index[tried] - span.start, candidates[tried], where))
-        outputs = lanes.run([partial(self._forward, ids, where, logits) for ids, where in parts])
+            parts = []
+            for some in alike(totals, span, width):
+                tried = slice(*np.searchsorted(index, [some.start, some.stop]))
+                at = None if places is None else places[tried]
+                parts.append(self._part(owners[some], tokens[some], index[tried] - some.start, candidates[tried], at))
+            own = [where for _, where in parts]
+            wanted = _ends(tokens[span]).to(self.device) if last and counts[span].max() > 1 else None
+            ids = torch.cat([ids for ids, _ in parts])
+            works.append(partial(self._forward, ids, Joint(own) if len(own) > 1 else own[0], logits, wanted))
+            passes.append(own)
+        outputs = lanes.run(works)
         for owner, count in zip(owners, counts.tolist(), strict=True):
             self.cache.lengths[owner] += count
-        return _joined(outputs, [where for _, where in parts])
+        return (torch.cat(outputs), passes[0][0]) if last else _joined(outputs, passes)
 
     def _part(
         self,
@@ -194,11 +221,19 @@ class ModelRunner:
             self.cache.write(layer, rows, places, states.index_select(0, chosen))
 
 
-def _joined(outputs: list[Tensor], parts: list[Pass]) -> tuple[Tensor, Pass]:
-    """The outputs of all lanes, first of what is kept; and a pass that has all of their branches."""
+def _ends(tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Where each sequence's last token is among the tokens of all."""
+    return torch.tensor([len(each) for each in tokens]).cumsum(0) - 1
+
+
+def _joined(found: list[Tensor], passes: list[list[Pass]]) -> tuple[Tensor, Pass]:
+    """The outputs of all lanes' passes, first of what is kept; and a pass that has all of their branches."""
+    parts = [where for own in passes for where in own]
     first = parts[0]
     if len(parts) == 1:
-        return outputs[0], first
+        return found[0], first
+    each_lanes = zip(found, passes, strict=True)
+    outputs = [output for all_, own in each_lanes for output in all_.split([where.total for where in own])]
     kept = [output[: part.kept] for output, part in zip(outputs, parts, strict=True)]
     tried = [output[part.kept :] for output, part in zip(outputs, parts, strict=True)]
     if branching := [part.branches for part in parts if part.branches]:

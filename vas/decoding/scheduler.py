@@ -17,10 +17,11 @@ class Scheduler:
     """The waiting and the running sequences.
 
     fits: whether so many sequences of up to so many tokens have room. max_sequences: how many run at once.
+    joint: tokens of a prompt that are not worth a pass of their own, see `BaseRunner.joint`.
     """
 
-    def __init__(self, fits: Callable[[int, int], bool], max_sequences: int) -> None:
-        self._has_room, self.max_sequences = fits, max_sequences
+    def __init__(self, fits: Callable[[int, int], bool], max_sequences: int, joint: int = 0) -> None:
+        self._has_room, self.max_sequences, self._joint = fits, max_sequences, joint
         self._sharing = not switches.off("shared_prefixes")
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -63,15 +64,18 @@ class Scheduler:
                 other.source = None
 
     def prefill(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Which sequences read how much of their prompts in one pass, within a budget of tokens.
+        """Which sequences read how much of their prompts in one pass of their own, within a budget of tokens.
 
         Oldest first, as many as fit when all are padded to the longest, as attention pads them. A
-        sequence that shares a prefix waits until its source holds it.
+        sequence that shares a prefix waits until its source holds it. For those that `ready` takes along, what they
+        need is left over.
         """
         chunks: list[tuple[Sequence, int]] = []
         longest = 0
-        for sequence in sorted(self.running, key=lambda s: s.number):
-            if not sequence.unread or sequence.source is not None:
+        joining = self.joining(budget)
+        budget -= sum(sequence.unread for sequence in joining)
+        for sequence in self._by_age():
+            if not sequence.unread or sequence.source is not None or sequence in joining:
                 continue
             size = min(sequence.unread, budget)
             longest = max(longest, size)
@@ -79,6 +83,26 @@ class Scheduler:
                 break
             chunks.append((sequence, size))
         return chunks
+
+    def ready(self, budget: int) -> list[Sequence]:
+        """Sequences whose next token can be asked for: all is read but the last, or so little is missing of a prompt
+        that it is read in the same pass, within a budget of tokens."""
+        joining = self.joining(budget)
+        return [s for s in self.running if s.ready or s in joining]
+
+    def joining(self, budget: int) -> list[Sequence]:
+        """Sequences with a short rest of a prompt, oldest first, but for those that others wait for."""
+        found = []
+        sources = [s.source for s in self.running]
+        for sequence in self._by_age():
+            short = 0 < sequence.unread <= min(self._joint, budget)
+            if short and sequence.source is None and not sequence.blockwise and sequence not in sources:
+                budget -= sequence.unread
+                found.append(sequence)
+        return found
+
+    def _by_age(self) -> list[Sequence]:
+        return sorted(self.running, key=lambda s: s.number)
 
     def sharing(self) -> list[Sequence]:
         """Sequences whose source now holds the prefix they share."""

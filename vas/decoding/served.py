@@ -78,6 +78,8 @@ class ServedRunner:
         self._half: dict[Hashable, Drawn] = {}
         """What was drawn where the server has not told the token yet."""
 
+    joint = 0  # of which it reads nothing itself
+
     def spare(self) -> None:
         """Nothing: the server has the model."""
 

@@ -11,6 +11,7 @@ NAMES = {
     "fused_llama": "a leaner forward pass for models of the Llama family (else Hugging Face's)",
     "cuda_graphs": "decoding steps of one shape are recorded once and replayed on a GPU",
     "lanes": "a pass of many tokens is shared out among a CPU's threads by sequences (else each product is)",
+    "joint_prefill": "short prompts are read in the pass that decodes other sequences (else in one of their own)",
     "shared_prefixes": "prompts that begin alike are read once",
 }
 

@@ -1,0 +1,221 @@
+"""Short prompts are read in the pass that decodes others, and requests may join in the middle of a step."""
+
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+import torch
+from naive import BOTH, ONE, drain, guided_setup, prompts, request, rows_in_use, scorers_of
+from tiny import tiny_base, tiny_value
+
+from vas.decoding import attention
+from vas.decoding.attention import alike
+from vas.decoding.engine import Engine
+from vas.decoding.loop import Loop
+from vas.decoding.runner import ModelRunner
+
+
+def counting(engine: Engine, monkeypatch) -> list[int]:
+    """The tokens of each pass of the base model from now on."""
+    ran = []
+    forward = engine._runner._forward
+    monkeypatch.setattr(engine._runner, "_forward", lambda ids, *rest: ran.append(len(ids)) or forward(ids, *rest))
+    return ran
+
+
+def alone(asked) -> list[int]:
+    """A request's tokens in an engine of its own that reads prompts in passes of their own."""
+    base, models, _ = guided_setup("llama", ending=())
+    engine = Engine(base, scorers_of(models))
+    engine._scheduler._joint = 0
+    return engine.generate([asked])[0].token_ids
+
+
+# --- the pass ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "spans"),
+    [
+        ([1] * 16, 100, [(0, 16)]),
+        ([1] * 15 + [40], 100, [(0, 15), (15, 16)]),
+        ([40, 38, 41, 39], 100, [(0, 4)]),
+        ([1, 1, 40], 100, [(0, 3)]),  # 78 tokens too many cost less than a grid more
+        ([0, 0, 0, 900], 100, [(3, 4)]),  # nobody asks about the first ones
+        ([21] * 8 + [60], 2000, [(0, 8), (8, 9)]),
+    ],
+)
+def test_sequences_with_much_the_same_numbers_of_tokens_attend_together(tokens, width, spans):
+    every = slice(0, len(tokens))
+    assert alike(np.array(tokens), every, width) == [slice(*span) for span in spans]
+    shifted = alike(np.array([7, *tokens, 7]), slice(1, len(tokens) + 1), width)
+    assert [(span.start - 1, span.stop - 1) for span in shifted] == spans
+
+
+@torch.inference_mode()
+def passes(padding: int, monkeypatch) -> list[torch.Tensor]:
+    """Outputs and branches of sequences with very different numbers of tokens."""
+    monkeypatch.setattr(attention, "PADDING", padding)
+    runner = ModelRunner(tiny_value(layers=3).backbone)
+    for owner in range(6):
+        runner.cache.add(owner)
+    found = [runner.extend(range(6), prompts(30, 1, 2, 1, 25, 9))]
+    taken = [[7], [], *prompts(40), [8], [9, 10], []]
+    index, candidates = np.array([0] * 3 + [1] * 9 + [2] * 4 + [5] * 2), np.arange(18)
+    output, where = runner.branch(range(6), taken, index, candidates)
+    runner.keep({1: 5, 2: 13, 5: 16}, where)
+    found += [output, *where.branches]
+    found += [runner.extend(range(6), [[3], *prompts(20), [4], [5], [6], [7]], last=True)]
+    return found
+
+
+def test_a_pass_with_several_grids_is_the_same_pass(monkeypatch):
+    for ours, whole in zip(passes(0, monkeypatch), passes(10**9, monkeypatch), strict=True):
+        assert ours.shape == whole.shape
+        assert torch.allclose(ours, whole, atol=1e-5)
+
+
+# --- prompts in passing ------------------------------------------------------------------------
+
+
+def test_a_short_prompt_is_read_in_the_pass_that_decodes_the_others(monkeypatch):
+    _, _, engine = guided_setup("llama", ending=())
+    first, second, third = (
+        request(str(i), p, objectives, seed=i)
+        for i, (p, objectives) in enumerate(zip(prompts(9, 30, 12), (BOTH, ONE, {}), strict=True))
+    )
+    ran = counting(engine, monkeypatch)
+    engine.add(first)
+    engine.step()
+    engine.step()
+    engine.add(second)
+    engine.add(third)
+    assert [token.request_id for token in engine.step()] == ["0", "1", "2"]
+    assert ran == [9, 1, 1 + 30 + 12]
+    done = drain(engine)
+    for asked in (first, second, third):
+        assert done[asked.request_id].token_ids == alone(asked)
+        assert done[asked.request_id].base_positions == len(asked.prompt_token_ids) - 1 + 12
+
+
+def test_long_prompts_and_those_that_others_wait_for_have_passes_of_their_own(monkeypatch):
+    _, _, engine = guided_setup("llama", ending=())
+    ran = counting(engine, monkeypatch)
+    (long,) = prompts(150)
+    engine.add(request("long", long, BOTH))
+    engine.step()
+    assert ran == [149, 1]
+    samples = [request(f"sample {i}", prompts(20, seed=1)[0], BOTH, seed=i) for i in range(3)]
+    for sample in samples:
+        engine.add(sample)
+    engine.step()
+    assert ran[2:] == [19, 4], "all samples copy what the first has read, and have their token at once"
+    done = drain(engine)
+    for sample in samples:
+        assert done[sample.request_id].token_ids == alone(sample)
+
+
+def test_what_is_read_in_passing_keeps_to_the_budget(monkeypatch):
+    base, models, _ = guided_setup("llama", ending=())
+    engine = Engine(base, scorers_of(models), prefill_tokens=20)
+    ran = counting(engine, monkeypatch)
+    requests = [request(str(i), p, ONE, seed=i, max_tokens=5) for i, p in enumerate(prompts(13, 7, 9, 30))]
+    for asked in requests:
+        engine.add(asked)
+    engine.step()
+    assert ran == [2, 13 + 7], "12 and 6 in passing, which leaves 2 for the longest"
+    done = drain(engine)
+    for asked in requests:
+        assert done[asked.request_id].token_ids == alone(asked)
+
+
+def test_switched_off_prompts_have_passes_of_their_own(monkeypatch):
+    monkeypatch.setenv("VAS_OFF", "joint_prefill")
+    engine = Engine(tiny_base("llama"))
+    ran = counting(engine, monkeypatch)
+    engine.add(request("r", prompts(9)[0]))
+    engine.step()
+    assert ran == [8, 1]
+
+
+# --- the middle of a step ----------------------------------------------------------------------
+
+
+def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_same_step():
+    _, _, engine = guided_setup("llama", ending=())
+    requests = [request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30, 12, 140))]
+    coming = requests[1:]
+
+    def add():
+        while coming:
+            engine.add(coming.pop())
+
+    engine.midway = add
+    engine.add(requests[0])
+    assert sorted(token.request_id for token in engine.step()) == ["0", "1", "2"], "a long prompt waits for the next"
+    done = drain(engine)
+    for asked in requests:
+        assert done[asked.request_id].token_ids == alone(asked)
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
+def test_no_request_joins_midway_where_no_value_model_is_waited_for():
+    _, _, engine = guided_setup("llama", ending=())
+    asked = []
+    engine.midway = lambda: asked.append(1)
+    engine.generate([request("plain", prompts(9)[0])])
+    assert not asked
+    engine.generate([request("steered", prompts(9)[0], ONE, max_tokens=3)])
+    assert asked == [1] * 3
+
+
+def test_a_step_that_fails_after_a_request_has_joined_midway_loses_neither():
+    _, _, engine = guided_setup("llama", ending=())
+    first, second = (request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30)))
+    engine.add(first)
+    guide = engine._guide
+
+    def fail(*_):
+        engine._guide = guide
+        raise MemoryError
+
+    def add():
+        engine.midway = None
+        engine.add(second)
+
+    engine.midway = add
+    scorers_of_request = guide.scorers_of
+    engine._guide = type("Failing", (), {"scorers_of": staticmethod(scorers_of_request), "__call__": fail})()
+    with pytest.raises(MemoryError):
+        engine.step()
+    assert engine.interrupted == ("0", "1")
+    done = drain(engine)
+    assert {name: each.token_ids for name, each in done.items()} == {"0": alone(first), "1": alone(second)}
+
+
+def test_the_loop_takes_requests_midway_and_leaves_the_rest_for_after_the_step():
+    base, models, _ = guided_setup("llama", ending=())
+    late = request("late", prompts(30)[0], BOTH, seed=1, max_tokens=20)
+    dropped = request("dropped", prompts(8)[0], BOTH, seed=2, max_tokens=60)
+    first = request("first", prompts(9)[0], BOTH, seed=3, max_tokens=20)
+    expected = [alone(first), alone(late)]
+    steps: list[tuple[int, int]] = []
+    asked: list[Future] = []
+
+    class Interrupted(Engine):
+        """While its third step's base model runs, a request comes, another is dropped, and somebody asks a question."""
+
+        def _late(self, sequences):
+            if len(steps) == 2:
+                asked.append(loop.submit(late))
+                loop.abort("dropped")
+                asked.append(loop.call(lambda engine: (engine.running, len(steps))))
+            return super()._late(sequences)
+
+    loop = Loop(lambda: Interrupted(base, scorers_of(models)), after=lambda tokens, _: steps.append((tokens, 0)))
+    futures = [loop.submit(first), loop.submit(dropped)]
+    assert [futures[0].result(60).token_ids, asked[0].result(60).token_ids] == expected
+    told = [tokens for tokens, _ in steps]
+    assert told[told.index(3) :][:2] == [3, 0], "the late one's first token, and then what was put off"
+    assert asked[1].result(60) == (2, told.index(3) + 2)
+    assert not futures[1].done()
