@@ -123,10 +123,46 @@ def test_what_is_read_in_passing_keeps_to_the_budget(monkeypatch):
     for asked in requests:
         engine.add(asked)
     engine.step()
-    assert ran == [2, 13 + 7], "12 and 6 in passing, which leaves 2 for the longest"
+    assert ran == [13 + 7], "18 tokens that were unread; the 8 of the third prompt are too many"
     done = drain(engine)
     for asked in requests:
         assert done[asked.request_id].token_ids == alone(asked)
+
+
+def test_a_long_prompt_is_not_kept_waiting_by_younger_short_ones():
+    base, models, _ = guided_setup("llama", ending=())
+    engine = Engine(base, scorers_of(models), prefill_tokens=130)
+    (long,) = prompts(400)
+    engine.add(request("long", long))
+    for step in range(3):  # 130, 130, and 130 tokens
+        engine.add(request(str(step), prompts(100, seed=5 + step)[0], max_tokens=1))
+        assert engine.step() == []
+    assert sorted(token.request_id for token in engine.step()) == ["0", "long"], "9 tokens, and then 99 of the next"
+
+
+@pytest.mark.parametrize("kind", ["long", "blocks", "a source", "short"])
+def test_a_prefix_is_shared_with_what_a_value_model_has_not_read_of_it_yet(kind):
+    """A request whose steps are not guided lets its prompt wait; who shares it has values of the whole all the same."""
+    base, models, engine = guided_setup("llama", ending=())
+    unguided = request("unguided", prompts(60)[0], BOTH, schedule="entropy:99", max_tokens=20)
+    rests = prompts(150 if kind == "long" else 7, 5, seed=4)
+    shared = unguided.prompt_token_ids[:50]
+    schedule = "block:4" if kind == "blocks" else "token"
+    requests = [
+        request(str(i), (*shared, *rest), BOTH, seed=i, schedule=schedule)
+        for i, rest in enumerate([rests[0], (*rests[0], *rests[1])] if kind == "a source" else [rests[0]])
+    ]
+    engine.add(unguided)
+    engine.step()
+    assert engine._scorers[0]._runner.cache.lengths["unguided", 0] == 0
+    for asked in requests:
+        engine.add(asked)
+    done = drain(engine)
+    for asked in requests:
+        (reference,) = Engine(base, scorers_of(models)).generate([asked])
+        found = done[asked.request_id]
+        assert found.token_ids == reference.token_ids
+        assert found.guided_logprobs == pytest.approx(reference.guided_logprobs, abs=1e-6)
 
 
 def test_switched_off_prompts_have_passes_of_their_own(monkeypatch):
@@ -143,16 +179,20 @@ def test_switched_off_prompts_have_passes_of_their_own(monkeypatch):
 
 def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_same_step():
     _, _, engine = guided_setup("llama", ending=())
-    requests = [request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30, 12, 140))]
+    requests = [request(str(i), p, BOTH, seed=20 + i) for i, p in enumerate(prompts(9, 30, 12, 140, 1))]
+    requests += [request("again", requests[0].prompt_token_ids, BOTH, seed=9)]  # nothing of it is left to read
+    requests += [request("blocks", prompts(1, seed=3)[0], BOTH, seed=8, schedule="block:4")]
     coming = requests[1:]
 
     def add():
         while coming:
             engine.add(coming.pop())
 
-    engine.midway = add
     engine.add(requests[0])
-    assert sorted(token.request_id for token in engine.step()) == ["0", "1", "2"], "a long prompt waits for the next"
+    engine.step()
+    engine.midway = add
+    joined = ["0", "1", "2", "4", "again"]
+    assert sorted(token.request_id for token in engine.step()) == joined, "a long prompt and a block wait for the next"
     done = drain(engine)
     for asked in requests:
         assert done[asked.request_id].token_ids == alone(asked)
@@ -205,12 +245,12 @@ def test_the_loop_takes_requests_midway_and_leaves_the_rest_for_after_the_step()
     class Interrupted(Engine):
         """While its third step's base model runs, a request comes, another is dropped, and somebody asks a question."""
 
-        def _late(self, sequences):
+        def _late(self, sequences, budget):
             if len(steps) == 2:
                 asked.append(loop.submit(late))
                 loop.abort("dropped")
                 asked.append(loop.call(lambda engine: (engine.running, len(steps))))
-            return super()._late(sequences)
+            return super()._late(sequences, budget)
 
     loop = Loop(lambda: Interrupted(base, scorers_of(models)), after=lambda tokens, _: steps.append((tokens, 0)))
     futures = [loop.submit(first), loop.submit(dropped)]

@@ -20,12 +20,12 @@ class Cramped(Engine):
 
     room = 3
 
-    def _advance(self, sequences):
+    def _advance(self, sequences, *budget):
         if len(sequences) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         if any(each.request.request_id == "poison" for each in sequences):
             raise IndexError("poisoned")
-        return super()._advance(sequences)
+        return super()._advance(sequences, *budget)
 
 
 def tokens_of(requests: list) -> list[list[int]]:
@@ -80,7 +80,7 @@ def test_several_callers_share_the_steps(loop):
 
 
 def test_a_lost_device_ends_the_loop_for_every_caller(loop):
-    def lost(_):
+    def lost(*_):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
     loop.engine._advance = lost

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vas.decoding import switches
 from vas.decoding.blocks import Block
-from vas.decoding.llama import FusedLlama
+from vas.decoding.guide import LAG
 from vas.decoding.runner import ModelRunner
 from vas.decoding.sequence import Drawn, SamplingParams
 from vas.decoding.sequence import Sequence as Running
 
-JOINT = 128  # tokens; with more, products take so long that to read the weights once less saves little
+JOINT = LAG  # tokens; with more, products take so long that to read the weights once less saves little
 
 
 @dataclass(slots=True)
@@ -95,9 +95,12 @@ class LocalRunner(ModelRunner):
 
     @property
     def joint(self) -> int:
-        """A prompt costs less in a pass that reads the weights anyway; on a GPU it would change a step's shape."""
-        joins = isinstance(self._forward, FusedLlama) and self.uniform is None
-        return JOINT if joins and not switches.off("joint_prefill") else 0
+        """A prompt costs less in a pass that reads the weights anyway.
+
+        Not so on a GPU, where it would change a step's shape; nor with Hugging Face's own code, which would make logits
+        of all its tokens.
+        """
+        return JOINT if self.ragged and not switches.off("joint_prefill") else 0
 
     def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
         """Run tokens of prompts for their KV."""

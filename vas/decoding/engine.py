@@ -70,7 +70,8 @@ class Engine:
             self._runner = LocalRunner(base.model, linears, free, kv_tokens)
         for scorer in scorers:
             scorer.limit(kv_tokens)
-        self._scheduler = Scheduler(self._runner.cache.fits, max_sequences, self._runner.joint)
+        self._joint = min(self._runner.joint, prefill_tokens)
+        self._scheduler = Scheduler(self._runner.cache.fits, max_sequences, self._joint)
         self._prefill_tokens = prefill_tokens
         self._added = 0
         self.midway: Callable[[], None] | None = None
@@ -269,9 +270,11 @@ class Engine:
                 left = self._prefill()
             self._begin_blocks()
             with self.clock.part("base"):
-                arrival = self._runner.arrived(self._scheduler.ready(left))
+                ready = self._scheduler.ready(left)
+                left -= sum(sequence.unread for sequence in ready)
+                arrival = self._runner.arrived(ready)
             drawn: list[_Drawn] = [(sequence, some, None, reason) for sequence, some, reason in arrival.drawn]
-            drawn += self._advance(arrival.ahead) if arrival.ahead else []
+            drawn += self._advance(arrival.ahead, left) if arrival.ahead else []
             whole = [each for block in arrival.blocks for each in block.continuations]
             chosen = self._choose([*arrival.ahead, *whole])
             # no model runs from here on: a step that fails has taken in no token
@@ -296,11 +299,11 @@ class Engine:
         del self._completions[sequence.request.request_id]
         self.failed[sequence.request.request_id] = error
 
-    def _advance(self, sequences: list[Sequence]) -> list[_Drawn]:
-        """Draw a token for each of these, and for late arrivals; continuations of blocks keep theirs."""
+    def _advance(self, sequences: list[Sequence], budget: int) -> list[_Drawn]:
+        """Draw a token for each of these, and for late ones within a budget; continuations of blocks keep theirs."""
         with self.clock.part("base"):
             logits_BV = self._runner.logits(sequences)
-            if late := self._late(sequences):
+            if late := self._late(sequences, budget):
                 logits_BV = torch.cat([logits_BV, self._runner.logits(late)])
                 sequences = [*sequences, *late]
         with self.clock.part("combine"):
@@ -326,19 +329,18 @@ class Engine:
                 sequence.resting = self._has_its_share(sequence, each.token)
         return found
 
-    def _late(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Sequences that come while the base model runs, and need not wait for the value models to be done with others.
+    def _late(self, sequences: list[Sequence], budget: int) -> list[Sequence]:
+        """Sequences that came while the base model ran, if the value models are to run for some of the others.
 
-        Only with short prompts: they have a pass of the base model's to themselves.
+        Only with short prompts, within a budget of tokens, for they have a pass of the base model's to themselves.
         """
         awaited = any(s.request.guidance.active and not s.blockwise for s in sequences)
-        if self.midway is None or not self._runner.joint or not awaited:
+        if self.midway is None or not self._joint or not awaited:
             return []
         self.midway()
         fresh = self._admit()
         self._copy_prefixes()
-        joining = self._scheduler.joining(self._prefill_tokens)
-        return [s for s in fresh if s in joining]
+        return self._scheduler.ready(budget, [s for s in fresh if not s.blockwise])
 
     def _preempt(self) -> None:
         """Send the youngest sequences back to wait, until the others have room for a step."""
@@ -392,17 +394,24 @@ class Engine:
     def _copy_prefixes(self) -> None:
         """Give sequences the prefixes that they share with others and that these have read by now."""
         for sequence in self._scheduler.sharing():
-            assert sequence.source is not None
-            self._share(sequence.source, sequence, sequence.shared)
+            source, length = sequence.source, sequence.shared
+            assert source is not None
+            for scorer in self._guide.scorers_of(sequence.request):
+                read = source.read.get(scorer.name, 0)
+                if read < length:  # its own steps have not been guided yet
+                    scorer.extend([source.owner], [source.tokens(read, length)])
+                    source.read[scorer.name] = length
+                    source.completion.scored(scorer.name, length - read)
+            self._share(source, sequence, length)
             sequence.source = None
 
     def _share(self, source: Sequence, target: Sequence, length: int) -> None:
-        """Let `target` hold the first `length` tokens of `source` in every cache; a scorer's may hold fewer as yet."""
+        """Let `target` hold the first `length` tokens of `source` in every cache."""
         self._runner.cache.copy(source.owner, target.owner, length)
         target.cached = length
         for scorer in self._guide.scorers_of(target.request):
-            target.read[scorer.name] = min(length, source.read.get(scorer.name, 0))
-            scorer.share(source.owner, target.owner, target.read[scorer.name])
+            scorer.share(source.owner, target.owner, length)
+            target.read[scorer.name] = length
 
     def _take_in(
         self, sequence: Sequence, drawn: Drawn, scores: dict[str, Score] | None = None, ends: str | None = None

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Loop:
 
     def __init__(self, make: Callable[[], Engine], after: Callable[[int, float], None] | None = None) -> None:
         self._inbox: queue.SimpleQueue[_Errand] = queue.SimpleQueue()
-        self._put_off: list[_Errand] = []
+        self._put_off: deque[_Errand] = deque()
         self._waiting: dict[str, Future[Result]] = {}
         self._listeners: dict[str, Listener] = {}
         self._seconds: dict[str, float] = {}
@@ -85,6 +86,9 @@ class Loop:
                 engine.add(request)
             except VasError as error:
                 result.set_result(error)
+                return
+            except Exception as error:  # of this request, not of the step that it may have come in the middle of
+                result.set_exception(error)
                 return
             self._waiting[request.request_id] = result
             if listener is not None:
@@ -131,10 +135,9 @@ class Loop:
             while True:
                 if not engine.busy and not self._put_off:
                     self._inbox.get().do(engine)
-                put_off, self._put_off = self._put_off, []
-                for errand in put_off:
-                    errand.do(engine)
-                for _ in range(self._inbox.qsize()):  # what comes meanwhile has its turn after the step
+                while self._put_off:
+                    self._put_off.popleft().do(engine)
+                for _ in range(self._inbox.qsize()):  # what comes meanwhile has its turn in the step, or after it
                     self._inbox.get().do(engine)
                 if engine.busy:
                     self._step(engine)
@@ -145,10 +148,10 @@ class Loop:
             self._die(EngineDied(f"the engine's loop failed: {describe(error)}"))
 
     def _listen(self, engine: Engine) -> None:
-        """Add the requests that have come; whatever else was asked has its turn after the step."""
+        """Add the requests that have come; from the first other errand on, all wait for the end of the step."""
         for _ in range(self._inbox.qsize()):
             errand = self._inbox.get()
-            if errand.midway:
+            if errand.midway and not self._put_off:
                 errand.do(engine)
             else:
                 self._put_off.append(errand)

@@ -15,6 +15,7 @@ from vas.choices import Linears
 from vas.decoding import attention, lanes, linears, llama, switches, uniform
 from vas.decoding.attention import Joint, Pass, alike
 from vas.decoding.cache import KVCache
+from vas.decoding.graphs import upload
 from vas.decoding.llama import FusedLlama
 from vas.decoding.uniform import Uniform
 from vas.errors import VasError
@@ -90,8 +91,9 @@ class ModelRunner:
         kind = linears.settle(model, kind)
         fused = FusedLlama(model, kind, free) if llama.supports(model) else None
         self._forward = fused or HuggingFace(model, kind, free)
-        apart = fused is not None and model.device.type == "cpu" and not llama.stretches(model)
-        self._depth = fused.depth if fused and apart and not switches.off("lanes") else None
+        self.ragged = fused is not None and model.device.type == "cpu" and not llama.stretches(model)
+        """Whether a pass may as well have any numbers of tokens of its sequences, and be taken apart."""
+        self._depth = fused.depth if fused and self.ragged and not switches.off("lanes") else None
         """Layers of a model that several threads may run at once."""
         aside = uniform.ASIDE if fused and uniform.pays(model) else 0
         self.cache = KVCache(model.device, limit, aside)
@@ -129,11 +131,13 @@ class ModelRunner:
     ) -> Tensor:
         """Append tokens to sequences; returns every token's output [N, ...], in the sequences' order.
 
-        The output is the model's logits, or the backbone's last hidden state. last: each sequence's last token's alone.
+        The output is the model's logits, or the backbone's last hidden state. last: that of each sequence's last token
+        alone, [B, ...]; in the row of one without tokens is that of another.
         """
         if self.uniform and self.cache is self.uniform.cache and self.uniform.fits(tokens):
             output_NX = self.uniform.append(owners, tokens, logits)
-            return output_NX[_ends(tokens).to(self.device)] if last and len(output_NX) > len(tokens) else output_NX
+            ends = _ends(tokens) if last else None
+            return output_NX if ends is None else output_NX[upload(ends, self.device)]
         none = np.empty(0, int)
         return self._run(owners, tokens, none, none, logits, None, last)[0]
 
@@ -175,19 +179,22 @@ class ModelRunner:
         works, passes = [], []
         for span in spans:
             parts = []
-            for some in alike(totals, span, width):
+            for some in alike(totals, span, width) if self.ragged else [span]:
                 tried = slice(*np.searchsorted(index, [some.start, some.stop]))
                 at = None if places is None else places[tried]
                 parts.append(self._part(owners[some], tokens[some], index[tried] - some.start, candidates[tried], at))
             own = [where for _, where in parts]
-            wanted = _ends(tokens[span]).to(self.device) if last and counts[span].max() > 1 else None
+            ends = _ends(tokens[span]) if last else None
+            wanted = None if ends is None else ends.to(self.device)
             ids = torch.cat([ids for ids, _ in parts])
             works.append(partial(self._forward, ids, Joint(own) if len(own) > 1 else own[0], logits, wanted))
             passes.append(own)
         outputs = lanes.run(works)
         for owner, count in zip(owners, counts.tolist(), strict=True):
             self.cache.lengths[owner] += count
-        return (torch.cat(outputs), passes[0][0]) if last else _joined(outputs, passes)
+        if last:
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs), passes[0][0]
+        return _joined(outputs, passes)
 
     def _part(
         self,
@@ -221,9 +228,10 @@ class ModelRunner:
             self.cache.write(layer, rows, places, states.index_select(0, chosen))
 
 
-def _ends(tokens: Sequence[Sequence[int]]) -> Tensor:
-    """Where each sequence's last token is among the tokens of all."""
-    return torch.tensor([len(each) for each in tokens]).cumsum(0) - 1
+def _ends(tokens: Sequence[Sequence[int]]) -> Tensor | None:
+    """Where each sequence's last token is among the tokens of all; None if each has one."""
+    counts = [len(each) for each in tokens]
+    return None if set(counts) == {1} else torch.tensor(counts).cumsum(0) - 1
 
 
 def _joined(found: list[Tensor], passes: list[list[Pass]]) -> tuple[Tensor, Pass]:

@@ -17,7 +17,7 @@ class Scheduler:
     """The waiting and the running sequences.
 
     fits: whether so many sequences of up to so many tokens have room. max_sequences: how many run at once.
-    joint: tokens of a prompt that are not worth a pass of their own, see `BaseRunner.joint`.
+    joint: tokens of a prompt that need no pass of their own, see `BaseRunner.joint`.
     """
 
     def __init__(self, fits: Callable[[int, int], bool], max_sequences: int, joint: int = 0) -> None:
@@ -64,18 +64,19 @@ class Scheduler:
                 other.source = None
 
     def prefill(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Which sequences read how much of their prompts in one pass of their own, within a budget of tokens.
+        """Which sequences read how much of their prompts in a pass before the others' next tokens, within a budget.
 
         Oldest first, as many as fit when all are padded to the longest, as attention pads them. A
-        sequence that shares a prefix waits until its source holds it. For those that `ready` takes along, what they
-        need is left over.
+        sequence that shares a prefix waits until its source holds it. Rests that `ready` takes along have their part
+        of the budget by age, too.
         """
         chunks: list[tuple[Sequence, int]] = []
         longest = 0
-        joining = self.joining(budget)
-        budget -= sum(sequence.unread for sequence in joining)
-        for sequence in self._by_age():
-            if not sequence.unread or sequence.source is not None or sequence in joining:
+        for sequence in _by_age(self.running):
+            if not sequence.unread or sequence.source is not None:
+                continue
+            if self._joins(sequence):
+                budget -= min(sequence.unread, budget)
                 continue
             size = min(sequence.unread, budget)
             longest = max(longest, size)
@@ -84,25 +85,24 @@ class Scheduler:
             chunks.append((sequence, size))
         return chunks
 
-    def ready(self, budget: int) -> list[Sequence]:
-        """Sequences whose next token can be asked for: all is read but the last, or so little is missing of a prompt
-        that it is read in the same pass, within a budget of tokens."""
-        joining = self.joining(budget)
-        return [s for s in self.running if s.ready or s in joining]
+    def ready(self, budget: int, among: Many[Sequence] | None = None) -> list[Sequence]:
+        """Sequences whose next token can be asked for, of all that run or of some.
 
-    def joining(self, budget: int) -> list[Sequence]:
-        """Sequences with a short rest of a prompt, oldest first, but for those that others wait for."""
-        found = []
-        sources = [s.source for s in self.running]
-        for sequence in self._by_age():
-            short = 0 < sequence.unread <= min(self._joint, budget)
-            if short and sequence.source is None and not sequence.blockwise and sequence not in sources:
+        They have read all but the last token; or so little of a prompt is left that the same pass reads it. Of
+        these, the oldest that a budget of tokens is enough for.
+        """
+        among = self.running if among is None else among
+        joining = []
+        for sequence in _by_age(among):
+            if sequence.unread <= budget and self._joins(sequence):
                 budget -= sequence.unread
-                found.append(sequence)
-        return found
+                joining.append(sequence)
+        return [s for s in among if s.ready or s in joining]
 
-    def _by_age(self) -> list[Sequence]:
-        return sorted(self.running, key=lambda s: s.number)
+    def _joins(self, sequence: Sequence) -> bool:
+        """Whether only a short rest of a prompt is unread, for which no other sequence waits."""
+        short = 0 < sequence.unread <= self._joint and sequence.source is None and not sequence.blockwise
+        return short and all(other.source is not sequence for other in self.running)
 
     def sharing(self) -> list[Sequence]:
         """Sequences whose source now holds the prefix they share."""
@@ -111,6 +111,10 @@ class Scheduler:
     def _fits(self, sequences: Many[Sequence]) -> bool:
         """Whether the KV cache holds these after the next step."""
         return self._has_room(sum(s.rows for s in sequences), max(s.reach for s in sequences))
+
+
+def _by_age(sequences: Many[Sequence]) -> list[Sequence]:
+    return sorted(sequences, key=lambda sequence: sequence.number)
 
 
 def _best_source(sequence: Sequence, running: Many[Sequence]) -> tuple[Sequence | None, int]:

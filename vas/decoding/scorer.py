@@ -37,7 +37,8 @@ class ScoreBatch:
     sequences: Sequence[Hashable]
     """All sequences that can go on, also those without candidates at this step."""
     taken: list[tuple[int, ...]]
-    """Tokens each sequence has appended since it was last extended or scored; none is empty for one with candidates."""
+    """Tokens of each sequence since it was last extended or scored, of its prompt too; none is empty for one with
+    candidates."""
     rows: list[int]
     """Sequences that have candidates, as indices into `sequences`; rising."""
     candidates_BK: Tensor
@@ -65,7 +66,7 @@ class ScorerUnreachable(Exception):
 
 
 class Scorer(Protocol):
-    """open → extend with the prompt → score, score, … → close, for many sequences at once."""
+    """open → extend with the prompt, but for a short rest → score, score, … → close, for many sequences at once."""
 
     name: str
     objectives: tuple[str, ...]
@@ -168,9 +169,8 @@ class InProcess:
         """V after the last token of prompts with responses, in the base model's tokens: [B, J]."""
         tokens = [self._ids(*state) for state in states]
         with self._runner.apart(KVCache(self._runner.device, None)), self._runner.sequences(len(tokens)) as owners:
-            hidden_NH = self._runner.extend(owners, tokens)
-        last = torch.tensor([len(each) for each in tokens]).cumsum(0) - 1
-        return self._model.values(self._model.outputs(hidden_NH[last.to(hidden_NH.device)]))
+            hidden_BH = self._runner.extend(owners, tokens, last=True)
+        return self._model.values(self._model.outputs(hidden_BH))
 
     def _ids(self, prompt: Sequence[int], response: Sequence[int]) -> list[int]:
         """The value model's own tokens."""
@@ -290,11 +290,10 @@ class VocabScorer(InProcess):
     @torch.inference_mode()
     def answer(self, batch: ScoreBatch) -> Answer:
         """One pass over the taken tokens; candidates are looked up in its last states."""
-        output_NH = self._runner.extend(batch.sequences, batch.taken)
+        output_BH = self._runner.extend(batch.sequences, batch.taken, last=True)
+        outputs = self._model.outputs(output_BH[upload(batch.rows, output_BH.device)])
         counts = [len(taken) for taken in batch.taken]
-        last = upload((np.cumsum(counts) - 1)[batch.rows], output_NH.device)
-        outputs = self._model.outputs(output_NH[last])
-        return self._model.next_values(outputs, batch.candidates_BK.to(output_NH.device)), counts
+        return self._model.next_values(outputs, batch.candidates_BK.to(output_BH.device)), counts
 
 
 def make_scorer(name: str, model: ValueModel, linears: Linears = "exact", free: bool = False) -> InProcess:

@@ -68,6 +68,8 @@ class ServedRunner:
     that is drawn, the server is asked to draw one of them, which takes another call.
     """
 
+    joint = 0  # the server reads prompts
+
     def __init__(self, model: ServedModel, limit: int | None = None) -> None:
         self._model = model
         self.device, self.vocabulary = model.device, model.vocabulary
@@ -77,8 +79,6 @@ class ServedRunner:
         self._ahead: dict[Hashable, Ahead] = {}
         self._half: dict[Hashable, Drawn] = {}
         """What was drawn where the server has not told the token yet."""
-
-    joint = 0  # of which it reads nothing itself
 
     def spare(self) -> None:
         """Nothing: the server has the model."""

@@ -139,12 +139,10 @@ class TextScorer(InProcess):
         try:
             for branch, (kept, _) in zip(branches, tails, strict=True):
                 self._runner.cache.copy(branch[0], branch, kept)
-            hidden_NH = self._runner.extend(branches, [tail for _, tail in tails])
+            return self._runner.extend(branches, [tail for _, tail in tails], last=True)
         finally:
             for branch in reversed(branches):
                 self._runner.cache.free(branch)
-        last = torch.tensor([len(tail) for _, tail in tails]).cumsum(0) - 1
-        return hidden_NH[last.to(hidden_NH.device)]
 
 
 def _common(one: list[int], other: list[int]) -> list[int]:
