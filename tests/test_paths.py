@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -34,6 +35,17 @@ def test_the_fused_path_is_hugging_faces(arch, monkeypatch):
         assert done.logprobs == pytest.approx(reference.logprobs, abs=1e-5)
         assert done.guided_logprobs == pytest.approx(reference.guided_logprobs, abs=1e-5)
         assert done.kl == pytest.approx(reference.kl, abs=1e-5)
+
+
+def test_engines_in_several_threads_may_share_a_model_that_runs_through_hugging_face():
+    base, models, engine = guided_setup("gpt2")
+    requests = mixed_requests()
+    expected = [done.token_ids for done in engine.generate(requests)]
+    before = base.model.config._attn_implementation
+    with ThreadPoolExecutor(3) as threads:
+        for found in threads.map(lambda _: Engine(base, scorers_of(models)).generate(requests), range(6)):
+            assert [done.token_ids for done in found] == expected
+    assert base.model.config._attn_implementation == before
 
 
 def test_without_shared_prefixes_every_prompt_is_read(monkeypatch):

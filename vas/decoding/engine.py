@@ -11,6 +11,7 @@ import torch
 from vas.choices import Linears
 from vas.decoding.base_runner import BaseRunner, LocalRunner
 from vas.decoding.blocks import Block, choose
+from vas.decoding.check import Check
 from vas.decoding.clock import Clock
 from vas.decoding.detokenizer import Detokenizer
 from vas.decoding.guide import Guide
@@ -19,7 +20,7 @@ from vas.decoding.scheduler import Scheduler
 from vas.decoding.scorer import InProcess, Scorer
 from vas.decoding.sequence import Completion, Drawn, Request, Score, Sequence, Token
 from vas.decoding.served import ServedRunner
-from vas.errors import Rejected, VasError, nearest
+from vas.errors import Rejected, VasError
 from vas.models.base import BaseModel
 from vas.models.served import ServedModel
 
@@ -58,9 +59,6 @@ class Engine:
         self._base, self._scorers = base, list(scorers)
         self.clock = Clock()
         self._guide = Guide(scorers, base.eos_token_ids, base.device, self.clock, base.vocabulary)
-        # models of one family differ in how many embeddings they have beyond those that are tokens
-        known = max(*base.tokenizer.get_vocab().values(), *base.eos_token_ids)
-        self._tokens = min(base.vocabulary, known + 1)
         self.objectives = tuple(self._guide.objectives)
         self._runner: BaseRunner
         if isinstance(base, ServedModel):
@@ -70,6 +68,8 @@ class Engine:
             self._runner = LocalRunner(base.model, linears, free, kv_tokens)
         for scorer in scorers:
             scorer.limit(kv_tokens)
+        self.check = Check(base, self._guide, self._runner.cache)
+        """Raises VasError for a request that could never be decoded here."""
         self._joint = min(self._runner.joint, prefill_tokens)
         self._scheduler = Scheduler(self._runner.cache.fits, max_sequences, self._joint)
         self._prefill_tokens = prefill_tokens
@@ -85,50 +85,6 @@ class Engine:
         Only calls of a server fail like this. Whoever reads it empties it."""
         self._completions: dict[str, Completion] = {}
         self._streams: dict[str, deque[Token]] = {}
-
-    def check(self, request: Request) -> None:
-        """Raise VasError if the request could never be decoded here."""
-        where = request.request_id
-        if not request.prompt_token_ids:
-            raise VasError("the prompt is empty", where, "give at least one token")
-        if len(request.begun) >= request.sampling.max_tokens:
-            raise VasError(f"the response has {len(request.begun)} tokens already", where, "raise max_tokens")
-        named = (*request.prompt_token_ids, *request.sampling.logit_bias)
-        for token in (min(named), max(named)):
-            if not 0 <= token < self._tokens:  # would take every running sequence down with it
-                raise VasError(f"token id {token} is outside the vocabulary", where)
-        for name in request.guidance.objectives:
-            if name not in self.objectives:
-                raise VasError(f"no value model knows the objective '{name}'", mend=nearest(name, self.objectives))
-        scorers = self._guide.scorers_of(request)
-        if isinstance(self._base, ServedModel) and (request.guidance.active or request.sampling.logprobs):
-            size = request.guidance.block_size or 0
-            self._base.check(request.guidance.blockwise, whole=size >= request.sampling.max_tokens)
-        for scorer in scorers:
-            if request.guidance.blockwise and scorer.relative:
-                raise VasError(
-                    f"the schedule `{request.guidance.schedule}` needs values of whole continuations; "
-                    f"{scorer.name} has vocab heads, which only compare next tokens",
-                    where,
-                    "take the value model that it was distilled from, or the schedule `token`",
-                )
-        longest = len(request.prompt_token_ids) + request.sampling.max_tokens
-        rooms = {self._base.name: self._base.context_length} | {s.name: s.context_length for s in scorers}
-        for model, room in rooms.items():
-            if room is not None and longest > room:
-                raise VasError(
-                    f"prompt and max_tokens make {longest} tokens; {model} has room for {room}",
-                    where,
-                    "shorten the prompt or lower max_tokens",
-                )
-        cache, rows = self._runner.cache, request.guidance.rows
-        if not cache.fits(rows, longest):
-            raise VasError(
-                f"prompt and max_tokens make {longest} tokens, which take {cache.allocated(rows, longest):,} "
-                f"as allocated, more than the KV cache may hold ({cache.limit:,})",
-                where,
-                "shorten the prompt, lower max_tokens or raise kv_tokens",
-            )
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises VasError as `check` does, or if its id is in use."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vas.choices import Linears
@@ -19,6 +21,8 @@ from vas.decoding.graphs import upload
 from vas.decoding.llama import FusedLlama
 from vas.decoding.uniform import Uniform
 from vas.errors import VasError
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()  # one for each model
 
 
 class HuggingFace:
@@ -48,6 +52,7 @@ class HuggingFace:
             raise VasError(
                 f"{kind} linear layers would replace those of a {type(model).__name__}", mend="give free=True"
             )
+        self._lock = _LOCKS.setdefault(self._backbone, threading.Lock())
         # any mask of four dimensions keeps the model from making one; `attend` has its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
 
@@ -66,14 +71,15 @@ class HuggingFace:
 
     @contextmanager
     def _attention_replaced(self) -> Iterator[None]:
-        """Between passes the model is as it was, for others to use."""
+        """Between passes the model is as it was, for others to use; engines that share it take turns."""
         config = self._backbone.config
-        before = config._attn_implementation
-        config._attn_implementation = attention.NAME
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+        with self._lock:
+            before = config._attn_implementation
+            config._attn_implementation = attention.NAME
+            try:
+                yield
+            finally:
+                config._attn_implementation = before
 
 
 class ModelRunner:
