@@ -1,6 +1,7 @@
 """Short prompts are read in the pass that decodes others, and requests may join in the middle of a step."""
 
 from concurrent.futures import Future
+from threading import Event
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def alone(asked) -> list[int]:
     """A request's tokens in an engine of its own that reads prompts in passes of their own."""
     base, models, _ = guided_setup("llama", ending=())
     engine = Engine(base, scorers_of(models))
-    engine._scheduler._joint = 0
+    engine._scheduler.joint = 0
     return engine.generate([asked])[0].token_ids
 
 
@@ -46,10 +47,15 @@ def alone(asked) -> list[int]:
     ],
 )
 def test_sequences_with_much_the_same_numbers_of_tokens_attend_together(tokens, width, spans):
-    every = slice(0, len(tokens))
-    assert alike(np.array(tokens), every, width) == [slice(*span) for span in spans]
-    shifted = alike(np.array([7, *tokens, 7]), slice(1, len(tokens) + 1), width)
+    reach = np.full(len(tokens) + 2, width)
+    assert alike(np.array(tokens), reach, slice(0, len(tokens))) == [slice(*span) for span in spans]
+    shifted = alike(np.array([7, *tokens, 7]), reach, slice(1, len(tokens) + 1))
     assert [(span.start - 1, span.stop - 1) for span in shifted] == spans
+
+
+def test_what_one_sequence_reads_does_not_keep_others_apart():
+    tokens, reach = np.array([22, 21] * 8 + [21]), np.array([60] * 16 + [8000])
+    assert alike(tokens, reach, slice(0, 17)) == [slice(0, 16), slice(16, 17)]
 
 
 @torch.inference_mode()
@@ -199,6 +205,26 @@ def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_sam
     assert rows_in_use(engine) == [0, 0, 0]
 
 
+def test_requests_that_have_no_room_wait_although_they_come_midway():
+    base, models, _ = guided_setup("llama", ending=())
+    requests = [request(str(i), p, BOTH, seed=20 + i, max_tokens=50) for i, p in enumerate(prompts(20, 21, 22, 23))]
+    engine = Engine(base, scorers_of(models), max_sequences=3, kv_tokens=2 * 128)
+    coming = requests[1:]
+
+    def add():
+        while coming:
+            engine.add(coming.pop())
+
+    engine.midway = add
+    engine.add(requests[0])
+    assert len(engine.step()) == 3, "there are three places, and room for three of up to 63 tokens"
+    done = drain(engine)
+    assert engine.preempted, "but not for three that are longer"
+    for asked in requests:
+        assert done[asked.request_id].token_ids == alone(asked)
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
 def test_no_request_joins_midway_where_no_value_model_is_waited_for():
     _, _, engine = guided_setup("llama", ending=())
     asked = []
@@ -253,7 +279,10 @@ def test_the_loop_takes_requests_midway_and_leaves_the_rest_for_after_the_step()
             return super()._late(sequences, budget)
 
     loop = Loop(lambda: Interrupted(base, scorers_of(models)), after=lambda tokens, _: steps.append((tokens, 0)))
+    both = Event()
+    loop.call(lambda engine: both.wait(30))
     futures = [loop.submit(first), loop.submit(dropped)]
+    both.set()
     assert [futures[0].result(60).token_ids, asked[0].result(60).token_ids] == expected
     told = [tokens for tokens, _ in steps]
     assert told[told.index(3) :][:2] == [3, 0], "the late one's first token, and then what was put off"

@@ -8,7 +8,7 @@ import torch
 from naive import BOTH, guided_setup, prompts, request, scorers_of
 from tiny import tiny_value
 
-from vas.decoding import lanes
+from vas.decoding import attention, lanes
 from vas.decoding.engine import Engine
 from vas.decoding.runner import ModelRunner
 
@@ -84,15 +84,19 @@ def passes(monkeypatch, off=""):
     output, where = runner.branch(range(8), taken, index, candidates)
     runner.keep({owner: 10 * (owner - 2) + 3 for owner in range(2, 8)}, where)
     found += [output, *where.branches, runner.extend(range(8), [[owner] for owner in range(8)])]
-    return found
+    counts = (20, 0, 3, 5, 4, 3, 0, 19)
+    return [*found, runner.extend(range(8), [range(5, 5 + count) for count in counts], last=True)[[0, 2, 3, 4, 5, 7]]]
 
 
-def test_a_pass_in_lanes_is_the_same_pass(monkeypatch):
+@pytest.mark.parametrize("padding", [attention.PADDING, 0])
+def test_a_pass_in_lanes_is_the_same_pass(monkeypatch, padding):
+    monkeypatch.setattr(attention, "PADDING", padding)  # with 0, sequences with other numbers of tokens have own grids
     ran = []
     run = lanes.run
     monkeypatch.setattr(lanes, "run", lambda works: ran.append(len(works)) or run(works))
     found = passes(monkeypatch)
-    assert ran == [1, 2, 2, 1]  # the first gives the cache its memory, the last has too few tokens
+    assert ran == [1, 2, 2, 1, 2]  # the first gives the cache its memory, the last but one has too few tokens
+    monkeypatch.setattr(attention, "PADDING", 10**9)
     for ours, whole in zip(found, passes(monkeypatch, off="lanes"), strict=True):
         assert ours.shape == whole.shape
         assert torch.allclose(ours, whole, atol=1e-5)

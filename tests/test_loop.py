@@ -89,6 +89,19 @@ def test_a_lost_device_ends_the_loop_for_every_caller(loop):
             loop.generate(many(2))
 
 
+def test_a_request_that_cannot_be_added_fails_alone(loop):
+    def fail(asked):
+        if asked.request_id == "odd":
+            raise TypeError("not an id")
+        return type(loop.engine).add(loop.engine, asked)
+
+    loop.engine.add = fail
+    odd, first, *_ = loop.generate([request("odd", (5, 6)), *many(2)])
+    assert isinstance(odd, VasError)
+    assert "TypeError: not an id" in str(odd)
+    assert first.token_ids == tokens_of(many(1))[0]
+
+
 def whole_batches(engine: Engine):
     """`generate` of an engine that does not look into its batches."""
 

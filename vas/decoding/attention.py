@@ -140,8 +140,8 @@ class Pass:
         return result.reshape(-1, heads, dim)
 
 
-class Joint:
-    """Passes of different sequences that run as one: all but attention of their tokens, which follow each other."""
+class Grids:
+    """Passes of different sequences that run as one, with a grid each for attention; their tokens follow each other."""
 
     def __init__(self, passes: Sequence[Pass]) -> None:
         self._passes, self._totals = passes, [each.total for each in passes]
@@ -155,18 +155,18 @@ class Joint:
         return torch.cat([where.attend(layer, own, pairs, scale, window, cap) for where, own, pairs in parts])
 
 
-def alike(tokens: np.ndarray, among: slice, width: int) -> list[slice]:
+def alike(tokens: np.ndarray, reach: np.ndarray, among: slice) -> list[slice]:
     """Spans of neighbours among a pass's sequences, so alike in numbers of tokens that they attend in one padded grid.
 
-    tokens: how many each sequence has; a span without any is left out. width: columns that they read.
+    tokens: how many each sequence has; a span without any is left out. reach: columns that each reads.
     """
-    spans, start, longest, total = [], among.start, 0, 0
+    spans, start, longest, total, width = [], among.start, 0, 0, 0
     for number in range(among.start, among.stop):
-        count = int(tokens[number])
-        longest, total = max(longest, count), total + count
+        count, columns = int(tokens[number]), int(reach[number])
+        longest, total, width = max(longest, count), total + count, max(width, columns)
         if (longest * (number + 1 - start) - total) * width > PADDING:
             spans.append(slice(start, number))
-            start, longest, total = number, count, count
+            start, longest, total, width = number, count, count, columns
     return [span for span in (*spans, slice(start, among.stop)) if tokens[span].any()]
 
 
@@ -194,7 +194,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    vas_pass: Pass | Joint,
+    vas_pass: Pass | Grids,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vas.decoding import switches
 from vas.decoding.blocks import Block
-from vas.decoding.guide import LAG
 from vas.decoding.runner import ModelRunner
+from vas.decoding.scorer import LAG
 from vas.decoding.sequence import Drawn, SamplingParams
 from vas.decoding.sequence import Sequence as Running
 
-JOINT = LAG  # tokens; with more, products take so long that to read the weights once less saves little
+JOINT = LAG  # tokens that value models, too, read in passing; with more, to read the weights once less saves little
 
 
 @dataclass(slots=True)

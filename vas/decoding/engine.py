@@ -38,7 +38,7 @@ class Engine:
     double, lengths from 128 to 1,024, and each sequence takes 64 more places beside the limit). When they grow
     out of it, the youngest sequence waits, and later goes on with the tokens it would have had. None for no limit.
     Beside the cache, a value model holds the KV of the last step's candidates.
-    prefill_tokens: how many tokens of prompts are read between two decoding steps.
+    prefill_tokens: how many tokens of prompts are read at a step, by the base model.
     linears: how the base model's linear layers compute on a CPU, see `linears.py`. free: use up the base
     model's own weights instead of keeping them beside the engine's; only the engine can use it then.
     """
@@ -70,12 +70,12 @@ class Engine:
             scorer.limit(kv_tokens)
         self.check = Check(base, self._guide, self._runner.cache)
         """Raises VasError for a request that could never be decoded here."""
-        self._joint = min(self._runner.joint, prefill_tokens)
-        self._scheduler = Scheduler(self._runner.cache.fits, max_sequences, self._joint)
+        joint = min(self._runner.joint, prefill_tokens)
+        self._scheduler = Scheduler(self._runner.cache.fits, max_sequences, joint)
         self._prefill_tokens = prefill_tokens
         self._added = 0
         self.midway: Callable[[], None] | None = None
-        """Called in the middle of a step: requests that it adds may have their first token in the same step."""
+        """Called in the middle of a step, to add requests and nothing else: they may have their first token in it."""
         self.preempted = 0
         """How often a sequence was sent back to wait."""
         self.interrupted: tuple[str, ...] = ()
@@ -286,12 +286,12 @@ class Engine:
         return found
 
     def _late(self, sequences: list[Sequence], budget: int) -> list[Sequence]:
-        """Sequences that came while the base model ran, if the value models are to run for some of the others.
+        """Sequences that came while the base model ran, if some of the others are steered: they need not wait for that.
 
         Only with short prompts, within a budget of tokens, for they have a pass of the base model's to themselves.
         """
         awaited = any(s.request.guidance.active and not s.blockwise for s in sequences)
-        if self.midway is None or not self._joint or not awaited:
+        if self.midway is None or not self._scheduler.joint or not awaited:
             return []
         self.midway()
         fresh = self._admit()

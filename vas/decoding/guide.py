@@ -10,11 +10,9 @@ from torch import Tensor
 from vas import guidance
 from vas.decoding.clock import Clock
 from vas.decoding.graphs import upload
-from vas.decoding.scorer import InProcess, ScoreBatch, Scorer, ScorerUnreachable
+from vas.decoding.scorer import LAG, InProcess, ScoreBatch, Scorer, ScorerUnreachable
 from vas.decoding.sequence import Request, Score, Sequence
 from vas.errors import VasError
-
-LAG = 128  # tokens that a scorer may have missed and still read beside the candidates
 
 
 class Guide:
@@ -147,10 +145,11 @@ class Guide:
         with self._clock.part("value"):
             asked = []
             for scorer in self._scorers:
-                users = [
+                users = [  # those that have begun come along, for what they miss costs less here than on its own
                     b
                     for b, s in enumerate(sequences)
-                    if scorer in self.scorers_of(s.request) and (b in guided or not s.blockwise)
+                    if scorer in self.scorers_of(s.request)
+                    and (b in guided or (not s.blockwise and s.read.get(scorer.name)))
                 ]
                 place = {b: i for i, b in enumerate(users)}
                 asking = [i for i, b in enumerate(rows) if b in place]
@@ -188,7 +187,8 @@ class Guide:
         """Let a scorer read what it has missed for long, so that no pass is wide for the sake of one sequence."""
         behind = {s: self._unread(s, scorer, spared)[:-1] for s in sequences}
         for start in range(0, max(map(len, behind.values())), LAG):
-            chunk = {s: tokens[start : start + LAG] for s, tokens in behind.items() if len(tokens) > max(start, LAG)}
+            late = {s: tokens for s, tokens in behind.items() if len(tokens) > max(start, scorer.lag)}
+            chunk = {s: tokens[start : start + LAG] for s, tokens in late.items()}
             if chunk:
                 scorer.extend([s.owner for s in chunk], list(chunk.values()))
             for sequence, tokens in chunk.items():

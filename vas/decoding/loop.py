@@ -88,7 +88,8 @@ class Loop:
                 result.set_result(error)
                 return
             except Exception as error:  # of this request, not of the step that it may have come in the middle of
-                result.set_exception(error)
+                logger.exception("a request could not be added")
+                result.set_result(alone(error, request.request_id))
                 return
             self._waiting[request.request_id] = result
             if listener is not None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from vas.choices import Linears
 from vas.decoding import attention, lanes, linears, llama, switches, uniform
-from vas.decoding.attention import Joint, Pass, alike
+from vas.decoding.attention import Grids, Pass, alike
 from vas.decoding.cache import KVCache
 from vas.decoding.graphs import upload
 from vas.decoding.llama import FusedLlama
@@ -56,7 +56,7 @@ class HuggingFace:
         # any mask of four dimensions keeps the model from making one; `attend` has its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device)
 
-    def __call__(self, ids_N: Tensor, where: Pass | Joint, logits: bool, wanted: Tensor | None = None) -> Tensor:
+    def __call__(self, ids_N: Tensor, where: Pass | Grids, logits: bool, wanted: Tensor | None = None) -> Tensor:
         """Logits [N, V] or last hidden states [N, H]; of some tokens alone, if only they are wanted."""
         with self._attention_replaced():
             output = (self._model if logits else self._backbone)(
@@ -145,7 +145,10 @@ class ModelRunner:
             ends = _ends(tokens) if last else None
             return output_NX if ends is None else output_NX[upload(ends, self.device)]
         none = np.empty(0, int)
-        return self._run(owners, tokens, none, none, logits, None, last)[0]
+        outputs, passes = self._run(owners, tokens, none, none, logits, last=last)
+        if not last:
+            return _joined(outputs, passes)[0]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @torch.inference_mode()
     def branch(
@@ -163,7 +166,7 @@ class ModelRunner:
         comes before. Returns the outputs of the appended tokens and then the candidates, [N, ...], and the
         pass, which has the candidates' keys and values.
         """
-        return self._run(owners, tokens, index, candidates, logits, places, False)
+        return _joined(*self._run(owners, tokens, index, candidates, logits, places))
 
     def _run(
         self,
@@ -172,20 +175,23 @@ class ModelRunner:
         index: np.ndarray,
         candidates: np.ndarray,
         logits: bool,
-        places: np.ndarray | None,
-        last: bool,
-    ) -> tuple[Tensor, Pass]:
-        """As `branch`; last: the outputs of each sequence's last token alone, where there are no candidates."""
+        places: np.ndarray | None = None,
+        last: bool = False,
+    ) -> tuple[list[Tensor], list[list[Pass]]]:
+        """As `branch`: the outputs of each lane, and the passes, one for each grid, that are in it.
+
+        last: the outputs of each sequence's last token alone, where there are no candidates.
+        """
         counts = np.array([len(each) for each in tokens])
         totals = counts + np.bincount(index, minlength=len(owners))
+        reach = counts + [self.cache.lengths[owner] for owner in owners]
         spans = [slice(0, len(owners))]
         if self.cache.depth == self._depth:  # else the pass gives the cache's layers their memory, one after the other
             spans = lanes.spans(totals)
-        width = max(self.cache.lengths[owner] for owner in owners) + int(counts.max())
         works, passes = [], []
         for span in spans:
             parts = []
-            for some in alike(totals, span, width) if self.ragged else [span]:
+            for some in alike(totals, reach, span) if self.ragged else [span]:
                 tried = slice(*np.searchsorted(index, [some.start, some.stop]))
                 at = None if places is None else places[tried]
                 parts.append(self._part(owners[some], tokens[some], index[tried] - some.start, candidates[tried], at))
@@ -193,14 +199,12 @@ class ModelRunner:
             ends = _ends(tokens[span]) if last else None
             wanted = None if ends is None else ends.to(self.device)
             ids = torch.cat([ids for ids, _ in parts])
-            works.append(partial(self._forward, ids, Joint(own) if len(own) > 1 else own[0], logits, wanted))
+            works.append(partial(self._forward, ids, Grids(own) if len(own) > 1 else own[0], logits, wanted))
             passes.append(own)
         outputs = lanes.run(works)
         for owner, count in zip(owners, counts.tolist(), strict=True):
             self.cache.lengths[owner] += count
-        if last:
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs), passes[0][0]
-        return _joined(outputs, passes)
+        return outputs, passes
 
     def _part(
         self,

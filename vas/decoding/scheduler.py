@@ -21,7 +21,7 @@ class Scheduler:
     """
 
     def __init__(self, fits: Callable[[int, int], bool], max_sequences: int, joint: int = 0) -> None:
-        self._has_room, self.max_sequences, self._joint = fits, max_sequences, joint
+        self._has_room, self.max_sequences, self.joint = fits, max_sequences, joint
         self._sharing = not switches.off("shared_prefixes")
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -101,7 +101,7 @@ class Scheduler:
 
     def _joins(self, sequence: Sequence) -> bool:
         """Whether only a short rest of a prompt is unread, for which no other sequence waits."""
-        short = 0 < sequence.unread <= self._joint and sequence.source is None and not sequence.blockwise
+        short = 0 < sequence.unread <= self.joint and sequence.source is None and not sequence.blockwise
         return short and all(other.source is not sequence for other in self.running)
 
     def sharing(self) -> list[Sequence]:

@@ -27,6 +27,7 @@ from vas.decoding.uniform import Uniform
 from vas.errors import VasError
 from vas.models.value import ValueModel
 
+LAG = 128  # tokens that a scorer may have missed and still read beside the candidates
 READ_TOGETHER = 256  # tokens of a text that is scored, in one pass
 
 
@@ -74,6 +75,8 @@ class Scorer(Protocol):
     """Longest sequence it has positions for; None if it does not say."""
     relative: bool
     """Whether values can only be compared among next tokens of one state."""
+    lag: int
+    """Tokens that it may have missed and still read beside the candidates; more are extended before."""
 
     @property
     def kv_bytes(self) -> int:
@@ -122,6 +125,7 @@ class InProcess:
         self.context_length = model.config.context_length
         self._model = model
         self._runner = ModelRunner(model.backbone, linears, free)
+        self.lag = LAG if self._runner.ragged else 8  # else all sequences' tokens are padded to what one has missed
 
     @property
     def kv_bytes(self) -> int:

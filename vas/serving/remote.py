@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from vas.decoding.scorer import Answer, ScoreBatch, ScorerUnreachable
+from vas.decoding.scorer import LAG, Answer, ScoreBatch, ScorerUnreachable
 from vas.serving.calls import Question, Reply
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ class RemoteScorer:
     """
 
     kv_bytes = 0
+
+    lag = LAG
 
     def __init__(
         self,

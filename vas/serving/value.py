@@ -13,8 +13,7 @@ import torch
 from ray import serve
 from torch import Tensor
 
-from vas.decoding.guide import LAG
-from vas.decoding.scorer import InProcess, ScoreBatch, make_scorer
+from vas.decoding.scorer import LAG, InProcess, ScoreBatch, make_scorer
 from vas.models.base import pick_device, quieten, set_threads
 from vas.models.value import ValueModel
 from vas.serving.calls import Question, Reply
