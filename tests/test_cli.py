@@ -9,6 +9,7 @@ import pytest
 import yaml
 from command import interrupt, python, python_environment, tiny_content, tiny_run, vas
 
+from vas.cli.main import _unraisable
 from vas.config import load_config
 
 HEAVY = ("torch", "ray", "transformers", "deepspeed")
@@ -201,3 +202,17 @@ def test_what_cannot_be_asked_for_is_said_at_once(run, words, says):
     assert not imported(found.stderr) & set(HEAVY)
     assert "Traceback" not in found.stderr
     assert found.stdout == ""
+
+
+@pytest.mark.parametrize(("module", "shown"), [("ray.data._internal", False), ("vas.run", True)])
+def test_what_rays_objects_raise_while_they_are_collected_shows_no_stack(module, shown, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", _unraisable)
+
+    class Iterator:
+        def __del__(self):
+            raise RuntimeError("the cluster is gone")
+
+    Iterator.__del__.__module__ = module
+    made = Iterator()
+    del made
+    assert ("the cluster is gone" in capfd.readouterr().err) is shown

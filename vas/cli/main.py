@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -278,12 +278,19 @@ def _strengths(options: list[str] | None) -> dict[str, float]:
     return found
 
 
+def _unraisable(raised: Any) -> None:
+    """What Ray's objects raise while they are collected, as after Ctrl-C, would be shown with its stack."""
+    if not str(getattr(raised.object, "__module__", "")).startswith("ray."):
+        sys.__unraisablehook__(raised)
+
+
 @contextmanager
 def program() -> Iterator[None]:
     """What every program of ours does around its work: quiet libraries, readable errors, and the exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    sys.unraisablehook = _unraisable
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as ended:
