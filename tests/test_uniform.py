@@ -61,7 +61,7 @@ def test_most_steps_are_uniform_and_run_the_token_that_was_taken_again():
     ragged = []
     for runner in (engine._runner, engine._scorers[0]._runner):
         run = runner._run
-        runner._run = lambda *arguments, run=run: ragged.append(arguments) or run(*arguments)
+        runner._run = lambda *given, run=run, **named: ragged.append(given) or run(*given, **named)
     asked = request("r", prompts(20)[0], ONE, candidates=6, max_tokens=9)
     (done,) = engine.generate([asked])
     assert len(ragged) == 2, "the prompt, by each model"
