@@ -32,6 +32,17 @@ def alone(asked) -> list[int]:
     return engine.generate([asked])[0].token_ids
 
 
+def come_midway(engine: Engine, requests: list) -> None:
+    """Let requests come in the middle of the next step."""
+    coming = list(requests)
+
+    def add():
+        while coming:
+            engine.add(coming.pop())
+
+    engine.midway = add
+
+
 # --- the pass ----------------------------------------------------------------------------------
 
 
@@ -188,15 +199,9 @@ def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_sam
     requests = [request(str(i), p, BOTH, seed=20 + i) for i, p in enumerate(prompts(9, 30, 12, 140, 1))]
     requests += [request("again", requests[0].prompt_token_ids, BOTH, seed=9)]  # nothing of it is left to read
     requests += [request("blocks", prompts(1, seed=3)[0], BOTH, seed=8, schedule="block:4")]
-    coming = requests[1:]
-
-    def add():
-        while coming:
-            engine.add(coming.pop())
-
     engine.add(requests[0])
     engine.step()
-    engine.midway = add
+    come_midway(engine, requests[1:])
     joined = ["0", "1", "2", "4", "again"]
     assert sorted(token.request_id for token in engine.step()) == joined, "a long prompt and a block wait for the next"
     done = drain(engine)
@@ -209,13 +214,7 @@ def test_requests_that_have_no_room_wait_although_they_come_midway():
     base, models, _ = guided_setup("llama", ending=())
     requests = [request(str(i), p, BOTH, seed=20 + i, max_tokens=50) for i, p in enumerate(prompts(20, 21, 22, 23))]
     engine = Engine(base, scorers_of(models), max_sequences=3, kv_tokens=2 * 128)
-    coming = requests[1:]
-
-    def add():
-        while coming:
-            engine.add(coming.pop())
-
-    engine.midway = add
+    come_midway(engine, requests[1:])
     engine.add(requests[0])
     assert len(engine.step()) == 3, "there are three places, and room for three of up to 63 tokens"
     done = drain(engine)
@@ -265,26 +264,25 @@ def test_the_loop_takes_requests_midway_and_leaves_the_rest_for_after_the_step()
     dropped = request("dropped", prompts(8)[0], BOTH, seed=2, max_tokens=60)
     first = request("first", prompts(9)[0], BOTH, seed=3, max_tokens=20)
     expected = [alone(first), alone(late)]
-    steps: list[tuple[int, int]] = []
+    told: list[int] = []
     asked: list[Future] = []
 
     class Interrupted(Engine):
         """While its third step's base model runs, a request comes, another is dropped, and somebody asks a question."""
 
         def _late(self, sequences, budget):
-            if len(steps) == 2:
+            if len(told) == 2:
                 asked.append(loop.submit(late))
                 loop.abort("dropped")
-                asked.append(loop.call(lambda engine: (engine.running, len(steps))))
+                asked.append(loop.call(lambda engine: (engine.running, len(told))))
             return super()._late(sequences, budget)
 
-    loop = Loop(lambda: Interrupted(base, scorers_of(models)), after=lambda tokens, _: steps.append((tokens, 0)))
+    loop = Loop(lambda: Interrupted(base, scorers_of(models)), after=lambda tokens, _: told.append(tokens))
     both = Event()
     loop.call(lambda engine: both.wait(30))
     futures = [loop.submit(first), loop.submit(dropped)]
     both.set()
     assert [futures[0].result(60).token_ids, asked[0].result(60).token_ids] == expected
-    told = [tokens for tokens, _ in steps]
     assert told[told.index(3) :][:2] == [3, 0], "the late one's first token, and then what was put off"
     assert asked[1].result(60) == (2, told.index(3) + 2)
     assert not futures[1].done()

@@ -15,8 +15,6 @@ from vas.decoding.scorer import LAG
 from vas.decoding.sequence import Drawn, SamplingParams
 from vas.decoding.sequence import Sequence as Running
 
-JOINT = LAG  # tokens that value models, too, read in passing; with more, to read the weights once less saves little
-
 
 @dataclass(slots=True)
 class Arrival:
@@ -95,12 +93,14 @@ class LocalRunner(ModelRunner):
 
     @property
     def joint(self) -> int:
-        """A prompt costs less in a pass that reads the weights anyway.
+        """A short prompt costs less in a pass that reads the weights anyway, and value models read as much in passing.
+
+        With more tokens the products take so long that the weights matter little.
 
         Not so on a GPU, where it would change a step's shape; nor with Hugging Face's own code, which would make logits
         of all its tokens.
         """
-        return JOINT if self.ragged and not switches.off("joint_prefill") else 0
+        return LAG if self.ragged and not switches.off("joint_prefill") else 0
 
     def read(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> None:
         """Run tokens of prompts for their KV."""

@@ -286,7 +286,7 @@ class Engine:
         return found
 
     def _late(self, sequences: list[Sequence], budget: int) -> list[Sequence]:
-        """Sequences that came while the base model ran, if some of the others are steered: they need not wait for that.
+        """Sequences that came while the base model ran, if some of the others wait for value models now.
 
         Only with short prompts, within a budget of tokens, for they have a pass of the base model's to themselves.
         """
@@ -336,15 +336,12 @@ class Engine:
             tokens = {s: s.tokens(s.cached, s.cached + size) for s, size in chunks}
             self._runner.read([s.owner for s in tokens], list(tokens.values()))
             for scorer in self._scorers:
-                wanted = [s for s in tokens if scorer in self._guide.scorers_of(s.request)]
+                wanted = {s: some for s, some in tokens.items() if scorer in self._guide.scorers_of(s.request)}
                 if wanted:
-                    scorer.extend([s.owner for s in wanted], [tokens[s] for s in wanted])
+                    self._guide.extend(scorer, wanted)
             for sequence, size in chunks:
                 sequence.cached += size
                 sequence.completion.base_positions += size
-                for scorer in self._guide.scorers_of(sequence.request):
-                    sequence.read[scorer.name] = sequence.cached
-                    sequence.completion.scored(scorer.name, size)
                 left -= size
 
     def _copy_prefixes(self) -> None:
@@ -355,9 +352,7 @@ class Engine:
             for scorer in self._guide.scorers_of(sequence.request):
                 read = source.read.get(scorer.name, 0)
                 if read < length:  # its own steps have not been guided yet
-                    scorer.extend([source.owner], [source.tokens(read, length)])
-                    source.read[scorer.name] = length
-                    source.completion.scored(scorer.name, length - read)
+                    self._guide.extend(scorer, {source: source.tokens(read, length)})
             self._share(source, sequence, length)
             sequence.source = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 
 import torch
@@ -190,10 +191,15 @@ class Guide:
             late = {s: tokens for s, tokens in behind.items() if len(tokens) > max(start, scorer.lag)}
             chunk = {s: tokens[start : start + LAG] for s, tokens in late.items()}
             if chunk:
-                scorer.extend([s.owner for s in chunk], list(chunk.values()))
-            for sequence, tokens in chunk.items():
-                sequence.read[scorer.name] = sequence.read.get(scorer.name, 0) + len(tokens)
-                sequence.completion.scored(scorer.name, len(tokens))
+                self.extend(scorer, chunk)
+
+    @staticmethod
+    def extend(scorer: Scorer, tokens: Mapping[Sequence, tuple[int, ...]]) -> None:
+        """Let a scorer read the next tokens of some sequences, and count them."""
+        scorer.extend([sequence.owner for sequence in tokens], list(tokens.values()))
+        for sequence, some in tokens.items():
+            sequence.read[scorer.name] = sequence.read.get(scorer.name, 0) + len(some)
+            sequence.completion.scored(scorer.name, len(some))
 
     @staticmethod
     def _unread(sequence: Sequence, scorer: Scorer, spared: int) -> tuple[int, ...]:

@@ -142,8 +142,8 @@ class ModelRunner:
         """
         if self.uniform and self.cache is self.uniform.cache and self.uniform.fits(tokens):
             output_NX = self.uniform.append(owners, tokens, logits)
-            ends = _ends(tokens) if last else None
-            return output_NX if ends is None else output_NX[upload(ends, self.device)]
+            ends = _ends(tokens, self.device) if last else None
+            return output_NX if ends is None else output_NX[ends]
         none = np.empty(0, int)
         outputs, passes = self._run(owners, tokens, none, none, logits, last=last)
         if not last:
@@ -196,8 +196,7 @@ class ModelRunner:
                 at = None if places is None else places[tried]
                 parts.append(self._part(owners[some], tokens[some], index[tried] - some.start, candidates[tried], at))
             own = [where for _, where in parts]
-            ends = _ends(tokens[span]) if last else None
-            wanted = None if ends is None else ends.to(self.device)
+            wanted = _ends(tokens[span], self.device) if last else None
             ids = torch.cat([ids for ids, _ in parts])
             works.append(partial(self._forward, ids, Grids(own) if len(own) > 1 else own[0], logits, wanted))
             passes.append(own)
@@ -238,10 +237,10 @@ class ModelRunner:
             self.cache.write(layer, rows, places, states.index_select(0, chosen))
 
 
-def _ends(tokens: Sequence[Sequence[int]]) -> Tensor | None:
+def _ends(tokens: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:
     """Where each sequence's last token is among the tokens of all; None if each has one."""
     counts = [len(each) for each in tokens]
-    return None if set(counts) == {1} else torch.tensor(counts).cumsum(0) - 1
+    return None if set(counts) == {1} else upload(np.cumsum(counts) - 1, device)
 
 
 def _joined(found: list[Tensor], passes: list[list[Pass]]) -> tuple[Tensor, Pass]:

@@ -75,7 +75,6 @@ class RemoteScorer:
     """
 
     kv_bytes = 0
-
     lag = LAG
 
     def __init__(
