@@ -32,15 +32,13 @@ def alone(asked) -> list[int]:
     return engine.generate([asked])[0].token_ids
 
 
-def come_midway(engine: Engine, requests: list) -> None:
-    """Let requests come in the middle of the next step."""
-    coming = list(requests)
-
-    def add():
-        while coming:
-            engine.add(coming.pop())
-
-    engine.midway = add
+def step_and_add(engine: Engine, requests: list) -> list[list]:
+    """A step in the middle of which requests come; its parts."""
+    parts = engine.parts()
+    assert next(parts) == [], "the base model has run"
+    for each in requests:
+        engine.add(each)
+    return list(parts)
 
 
 # --- the pass ----------------------------------------------------------------------------------
@@ -107,7 +105,7 @@ def test_a_short_prompt_is_read_in_the_pass_that_decodes_the_others(monkeypatch)
     engine.step()
     engine.add(second)
     engine.add(third)
-    assert [token.request_id for token in engine.step()] == ["0", "1", "2"]
+    assert [token.request_id for token in engine.step()] == ["1", "2", "0"], "first ones first"
     assert ran == [9, 1, 1 + 30 + 12]
     done = drain(engine)
     for asked in (first, second, third):
@@ -201,9 +199,10 @@ def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_sam
     requests += [request("blocks", prompts(1, seed=3)[0], BOTH, seed=8, schedule="block:4")]
     engine.add(requests[0])
     engine.step()
-    come_midway(engine, requests[1:])
-    joined = ["0", "1", "2", "4", "again"]
-    assert sorted(token.request_id for token in engine.step()) == joined, "a long prompt and a block wait for the next"
+    joined = ["1", "2", "4", "again"]
+    first, rest = step_and_add(engine, requests[1:])
+    assert sorted(token.request_id for token in first) == joined, "a long prompt and a block wait for the next"
+    assert [token.request_id for token in rest] == ["0"], "who has a token already waits for the others' first ones"
     done = drain(engine)
     for asked in requests:
         assert done[asked.request_id].token_ids == alone(asked)
@@ -214,9 +213,10 @@ def test_requests_that_have_no_room_wait_although_they_come_midway():
     base, models, _ = guided_setup("llama", ending=())
     requests = [request(str(i), p, BOTH, seed=20 + i, max_tokens=50) for i, p in enumerate(prompts(20, 21, 22, 23))]
     engine = Engine(base, scorers_of(models), max_sequences=3, kv_tokens=2 * 128)
-    come_midway(engine, requests[1:])
     engine.add(requests[0])
-    assert len(engine.step()) == 3, "there are three places, and room for three of up to 63 tokens"
+    assert sum(map(len, step_and_add(engine, requests[1:]))) == 3, (
+        "there are three places, and room for three of up to 63 tokens"
+    )
     done = drain(engine)
     assert engine.preempted, "but not for three that are longer"
     for asked in requests:
@@ -224,14 +224,46 @@ def test_requests_that_have_no_room_wait_although_they_come_midway():
     assert rows_in_use(engine) == [0, 0, 0]
 
 
-def test_no_request_joins_midway_where_no_value_model_is_waited_for():
+def test_a_step_has_parts_only_where_a_value_model_is_waited_for():
     _, _, engine = guided_setup("llama", ending=())
+    engine.add(request("plain", prompts(9)[0], max_tokens=3))
+    assert [len(part) for part in engine.parts()] == [1]
+    engine.add(request("steered", prompts(9)[0], ONE, max_tokens=3))
+    parts = [[token.request_id for token in part] for part in engine.parts()]
+    assert parts == [[], ["plain", "steered"], []], "a first token, and one that needs no value model"
+    parts = [[token.request_id for token in part] for part in engine.parts()]
+    assert parts == [[], ["plain"], ["steered"]]
+
+
+def test_first_tokens_do_not_wait_for_the_values_of_others(monkeypatch):
+    """Nor do those of requests that want no guidance; all are as they would be alone."""
+    _, _, engine = guided_setup("llama", ending=())
+    requests = [request(str(i), p, BOTH, seed=20 + i) for i, p in enumerate(prompts(9, 30, 12, 14))]
+    requests += [request("short", prompts(10)[0], BOTH, seed=4, max_tokens=1), request("plain", prompts(5)[0], seed=5)]
+    for each in requests[:2]:
+        engine.add(each)
+    engine.step()
+    for each in requests[2:]:
+        engine.add(each)
     asked = []
-    engine.midway = lambda: asked.append(1)
-    engine.generate([request("plain", prompts(9)[0])])
-    assert not asked
-    engine.generate([request("steered", prompts(9)[0], ONE, max_tokens=3)])
-    assert asked == [1] * 3
+    scorer = engine._scorers[0]
+    score = scorer.score
+    monkeypatch.setattr(scorer, "score", lambda batch: asked.append(len(batch.rows)) or score(batch))
+    parts = [[token.request_id for token in part] for part in engine.parts()]
+    assert [sorted(part) for part in parts] == [[], ["2", "3", "plain", "short"], ["0", "1"]]
+    assert asked == [3, 2]
+    done = {"short": engine.take("short")} | drain(engine)
+    for each in requests:
+        assert done[each.request_id].token_ids == alone(each)
+
+
+def test_switched_off_first_tokens_come_with_the_others(monkeypatch):
+    monkeypatch.setenv("VAS_OFF", "first_tokens")
+    _, _, engine = guided_setup("llama", ending=())
+    for each in (request("0", prompts(9)[0], ONE), request("plain", prompts(12)[0])):
+        engine.add(each)
+        tokens = [[token.request_id for token in part] for part in engine.parts()]
+    assert tokens == [[], [], ["0", "plain"]]
 
 
 def test_a_step_that_fails_after_a_request_has_joined_midway_loses_neither():
@@ -244,16 +276,30 @@ def test_a_step_that_fails_after_a_request_has_joined_midway_loses_neither():
         engine._guide = guide
         raise MemoryError
 
-    def add():
-        engine.midway = None
-        engine.add(second)
-
-    engine.midway = add
     scorers_of_request = guide.scorers_of
     engine._guide = type("Failing", (), {"scorers_of": staticmethod(scorers_of_request), "__call__": fail})()
     with pytest.raises(MemoryError):
-        engine.step()
+        step_and_add(engine, [second])
     assert engine.interrupted == ("0", "1")
+    done = drain(engine)
+    assert {name: each.token_ids for name, each in done.items()} == {"0": alone(first), "1": alone(second)}
+
+
+def test_a_step_that_fails_after_first_tokens_keeps_them(monkeypatch):
+    _, _, engine = guided_setup("llama", ending=())
+    first, second = (request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30)))
+    engine.add(first)
+    engine.step()
+    engine.add(second)
+    parts = engine.parts()
+    assert next(parts) == []
+    [begun] = next(parts)
+    monkeypatch.setattr(engine._guide, "values", lambda *_: torch.empty(-1))
+    with pytest.raises(RuntimeError):
+        next(parts)
+    monkeypatch.undo()
+    assert engine.interrupted == ("0", "1")
+    assert [begun.token_id] == engine.completion("1").token_ids == alone(second)[:1]
     done = drain(engine)
     assert {name: each.token_ids for name, each in done.items()} == {"0": alone(first), "1": alone(second)}
 
@@ -270,12 +316,13 @@ def test_the_loop_takes_requests_midway_and_leaves_the_rest_for_after_the_step()
     class Interrupted(Engine):
         """While its third step's base model runs, a request comes, another is dropped, and somebody asks a question."""
 
-        def _late(self, sequences, budget):
-            if len(told) == 2:
-                asked.append(loop.submit(late))
-                loop.abort("dropped")
-                asked.append(loop.call(lambda engine: (engine.running, len(told))))
-            return super()._late(sequences, budget)
+        def parts(self):
+            for tokens in super().parts():
+                if len(told) == 2 and not asked:
+                    asked.append(loop.submit(late))
+                    loop.abort("dropped")
+                    asked.append(loop.call(lambda engine: (engine.running, len(told))))
+                yield tokens
 
     loop = Loop(lambda: Interrupted(base, scorers_of(models)), after=lambda tokens, _: told.append(tokens))
     both = Event()

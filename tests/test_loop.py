@@ -20,12 +20,13 @@ class Cramped(Engine):
 
     room = 3
 
-    def _advance(self, sequences, *budget):
+    def _draw(self, ahead):
+        sequences = ahead.sequences
         if len(sequences) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         if any(each.request.request_id == "poison" for each in sequences):
             raise IndexError("poisoned")
-        return super()._advance(sequences, *budget)
+        return super()._draw(ahead)
 
 
 def tokens_of(requests: list) -> list[list[int]]:
@@ -83,7 +84,7 @@ def test_a_lost_device_ends_the_loop_for_every_caller(loop):
     def lost(*_):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    loop.engine._advance = lost
+    loop.engine._draw = lost
     for _ in range(2):
         with pytest.raises(EngineDied, match="device-side assert"):
             loop.generate(many(2))

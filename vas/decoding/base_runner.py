@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from vas.decoding import switches
@@ -28,6 +30,30 @@ class Arrival:
     """Blocks that have got all of their continuations' tokens at once."""
     failed: list[tuple[Running, Exception]] = field(default_factory=list)
     """Sequences that cannot go on: VasError, or Rejected."""
+
+
+@dataclass(slots=True)
+class Ahead:
+    """Sequences whose next token can be drawn, one or more, and the base model's logits of it."""
+
+    sequences: list[Running]
+    logits_BV: Tensor
+
+    def with_(self, sequences: list[Running], logits_BV: Tensor) -> Ahead:
+        """These and others."""
+        return Ahead([*self.sequences, *sequences], torch.cat([self.logits_BV, logits_BV]))
+
+    def split(self, first: Callable[[Running], bool]) -> tuple[Ahead | None, Ahead | None]:
+        """Those that are to be first, and the others; None for no sequences."""
+        chosen = [first(sequence) for sequence in self.sequences]
+        if all(chosen):
+            return self, None
+        if not any(chosen):
+            return None, self
+        return self._some(chosen), self._some([not each for each in chosen])
+
+    def _some(self, chosen: list[bool]) -> Ahead:
+        return Ahead(list(compress(self.sequences, chosen)), self.logits_BV[torch.tensor(chosen)])
 
 
 class Room(Protocol):

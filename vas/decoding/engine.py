@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 
 import torch
 
 from vas.choices import Linears
-from vas.decoding.base_runner import BaseRunner, LocalRunner
+from vas.decoding import switches
+from vas.decoding.base_runner import Ahead, BaseRunner, LocalRunner
 from vas.decoding.blocks import Block, choose
 from vas.decoding.check import Check
 from vas.decoding.clock import Clock
@@ -73,9 +74,8 @@ class Engine:
         joint = min(self._runner.joint, prefill_tokens)
         self._scheduler = Scheduler(self._runner.cache.fits, max_sequences, joint)
         self._prefill_tokens = prefill_tokens
+        self._early = not switches.off("first_tokens")
         self._added = 0
-        self.midway: Callable[[], None] | None = None
-        """Called in the middle of a step, to add requests and nothing else: they may have their first token in it."""
         self.preempted = 0
         """How often a sequence was sent back to wait."""
         self.interrupted: tuple[str, ...] = ()
@@ -198,27 +198,37 @@ class Engine:
             if isinstance(scorer, InProcess):
                 scorer.spare()
 
-    @torch.inference_mode()
     def step(self) -> list[Token]:
         """Admit what fits, read prompts, then append a token to every sequence that is ready; returns those tokens.
 
         A request with the schedule `block:b` gets its tokens b at a time. If a model fails, what is running
-        goes back to wait, so that the engine can go on without the request that brought it about.
+        goes back to wait, so that the engine can go on without the request that brought it about; first tokens that
+        were drawn before stand in their `completion`.
+        """
+        return [token for part in self.parts() for token in part]
+
+    @torch.inference_mode()
+    def parts(self) -> Iterator[list[Token]]:
+        """A step, with tokens as soon as they are drawn: first those that need not wait for others' value models.
+
+        Those are the ones that begin a response, and those of requests without guidance. Whoever takes the parts may
+        add requests between two of them, and do nothing else with the engine; a request that comes before the first
+        tokens may have its own among them. A part that fails has taken in no token.
         """
         try:
-            tokens = self._step()
+            for tokens in self._step():
+                for token in tokens:
+                    if token.request_id in self._streams:
+                        self._streams[token.request_id].append(token)
+                yield tokens
         except BaseException:
             trunks = sorted((s for s in self._scheduler.running if s.fork == 0), key=lambda s: s.number)
             self.interrupted = tuple(sequence.request.request_id for sequence in trunks)
             for sequence in reversed(trunks):
                 self._send_back(sequence)
             raise
-        for token in tokens:
-            if token.request_id in self._streams:
-                self._streams[token.request_id].append(token)
-        return tokens
 
-    def _step(self) -> list[Token]:
+    def _step(self) -> Iterator[list[Token]]:
         with self.clock.part("overhead"):
             self._preempt()
             self._admit()
@@ -229,25 +239,53 @@ class Engine:
                 ready = self._scheduler.ready(left)
                 left -= sum(sequence.unread for sequence in ready)
                 arrival = self._runner.arrived(ready)
+                ahead = Ahead(arrival.ahead, self._runner.logits(arrival.ahead)) if arrival.ahead else None
+        if ahead and self._scheduler.joint and any(sequence.steered for sequence in ahead.sequences):
+            yield []
+            with self.clock.part("overhead"):
+                first, ahead = self._join(ahead, left).split(self._goes_first)
+                tokens = self._take_drawn(self._draw(first) if first else [])
+            yield tokens
+        with self.clock.part("overhead"):
             drawn: list[_Drawn] = [(sequence, some, None, reason) for sequence, some, reason in arrival.drawn]
-            drawn += self._advance(arrival.ahead, left) if arrival.ahead else []
+            drawn += self._draw(ahead) if ahead else []
             whole = [each for block in arrival.blocks for each in block.continuations]
             chosen = self._choose([*arrival.ahead, *whole])
-            # no model runs from here on: a step that fails has taken in no token
+            # no model runs from here on: a part that fails has taken in no token
             for sequence, error in arrival.failed:
                 self._fail(sequence, error)
-            tokens = [token for each in drawn for token in self._take_all(*each)]
-            return tokens + [token for each in chosen for token in self._finish_block(*each)]
+            tokens = self._take_drawn(drawn)
+            tokens += [token for each in chosen for token in self._finish_block(*each)]
+        yield tokens
 
-    def _take_all(
-        self, sequence: Sequence, drawn: list[Drawn], scores: dict[str, Score] | None, reason: str | None
-    ) -> Iterator[Token]:
-        """Append drawn tokens, and end the response where it ends. reason: why, after the last."""
-        for place, each in enumerate(drawn, 1):
-            sequence.response.append(each.token)
-            yield self._take_in(sequence, each, scores, ends=reason if place == len(drawn) else None)
-            if sequence not in self._scheduler.running:
-                return
+    def _goes_first(self, sequence: Sequence) -> bool:
+        """Whether its token is drawn before value models run for the other sequences."""
+        return self._early and (sequence.fresh or not sequence.steered)
+
+    def _join(self, ahead: Ahead, budget: int) -> Ahead:
+        """Sequences that came while the base model ran for these go on with them, before value models run.
+
+        Only with short prompts, within a budget of tokens, for they have a pass of the base model's to themselves.
+        """
+        fresh = self._admit()
+        self._copy_prefixes()
+        late = self._scheduler.ready(budget, [s for s in fresh if not s.blockwise])
+        if not late:
+            return ahead
+        with self.clock.part("base"):
+            return ahead.with_(late, self._runner.logits(late))
+
+    def _take_drawn(self, drawn: list[_Drawn]) -> list[Token]:
+        """Append drawn tokens to their sequences, and end the responses that end; a sequence may have several."""
+        tokens = []
+        for sequence, some, scores, reason in drawn:
+            for place, each in enumerate(some, 1):
+                sequence.response.append(each.token)
+                last = reason if place == len(some) else None
+                tokens.append(self._take_in(sequence, each, scores, ends=last))
+                if tokens[-1].finish_reason:
+                    break
+        return tokens
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End a request without a completion."""
@@ -255,16 +293,12 @@ class Engine:
         del self._completions[sequence.request.request_id]
         self.failed[sequence.request.request_id] = error
 
-    def _advance(self, sequences: list[Sequence], budget: int) -> list[_Drawn]:
-        """Draw a token for each of these, and for late ones within a budget; continuations of blocks keep theirs."""
-        with self.clock.part("base"):
-            logits_BV = self._runner.logits(sequences)
-            if late := self._late(sequences, budget):
-                logits_BV = torch.cat([logits_BV, self._runner.logits(late)])
-                sequences = [*sequences, *late]
+    def _draw(self, ahead: Ahead) -> list[_Drawn]:
+        """A token for each of these; continuations of blocks keep theirs."""
+        sequences = ahead.sequences
         with self.clock.part("combine"):
             knobs = [s.request.sampling for s in sequences]
-            base_BV = policy(logits_BV, knobs)
+            base_BV = policy(ahead.logits_BV, knobs)
             guided_BV, kl_B = self._guide(sequences, base_BV)
         with self.clock.part("sample"):
             guided_BV = self._runner.certain(guided_BV, knobs)
@@ -284,19 +318,6 @@ class Engine:
                 sequence.pending.append(each)
                 sequence.resting = self._has_its_share(sequence, each.token)
         return found
-
-    def _late(self, sequences: list[Sequence], budget: int) -> list[Sequence]:
-        """Sequences that came while the base model ran, if some of the others wait for value models now.
-
-        Only with short prompts, within a budget of tokens, for they have a pass of the base model's to themselves.
-        """
-        awaited = any(s.request.guidance.active and not s.blockwise for s in sequences)
-        if self.midway is None or not self._scheduler.joint or not awaited:
-            return []
-        self.midway()
-        fresh = self._admit()
-        self._copy_prefixes()
-        return self._scheduler.ready(budget, [s for s in fresh if not s.blockwise])
 
     def _preempt(self) -> None:
         """Send the youngest sequences back to wait, until the others have room for a step."""

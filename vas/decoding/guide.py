@@ -108,9 +108,7 @@ class Guide:
 
     def wanted(self, sequences: Many[Sequence], base_BV: Tensor) -> list[int]:
         """Rows whose schedule wants guidance at this step."""
-        guided = [
-            b for b, sequence in enumerate(sequences) if sequence.request.guidance.active and not sequence.blockwise
-        ]
+        guided = [b for b, sequence in enumerate(sequences) if sequence.steered]
         thresholds = {b: sequences[b].request.guidance.entropy_threshold for b in guided}
         asked = [b for b, threshold in thresholds.items() if threshold is not None]
         if not asked:

@@ -50,15 +50,21 @@ class Loop:
     make: gives the engine; it is called in the loop's own thread, for torch counts its threads by the caller.
     after: is called after each step, in that thread too, with how many tokens the step made and its seconds; with 0
     and 0 when a request was dropped.
+    told: is called when listeners have been told of the tokens of a part of a step; not after parts without any.
     """
 
-    def __init__(self, make: Callable[[], Engine], after: Callable[[int, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Engine],
+        after: Callable[[int, float], None] | None = None,
+        told: Callable[[], None] | None = None,
+    ) -> None:
         self._inbox: queue.SimpleQueue[_Errand] = queue.SimpleQueue()
         self._put_off: deque[_Errand] = deque()
         self._waiting: dict[str, Future[Result]] = {}
         self._listeners: dict[str, Listener] = {}
         self._seconds: dict[str, float] = {}
-        self._after = after
+        self._after, self._told = after, told
         self._good, self._waited = 0, 0.0
         self.positions, self.busy_seconds = 0, 0.0
         """Token positions that the base model has run, and the time that steps took."""
@@ -130,7 +136,6 @@ class Loop:
         except BaseException as error:
             ready.set_exception(error)
             return
-        engine.midway = lambda: self._listen(engine)
         ready.set_result(engine)
         try:
             while True:
@@ -168,14 +173,32 @@ class Loop:
                 errand.result.set_exception(death)
 
     def _step(self, engine: Engine) -> None:
-        started = time.perf_counter()
-        try:
-            tokens = engine.step()
-        except Exception as error:
-            self._mend(engine, error)
-            return
-        seconds = time.perf_counter() - started
-        self.busy_seconds += seconds
+        parts, made, spent = engine.parts(), 0, 0.0
+        while True:
+            started = time.perf_counter()
+            try:
+                tokens = next(parts, None)
+            except Exception as error:
+                self._mend(engine, error)
+                return
+            seconds = time.perf_counter() - started
+            spent += seconds
+            if tokens is None:
+                break
+            made += len(tokens)
+            self._deliver(engine, tokens, seconds)
+            self._listen(engine)
+        self.busy_seconds += spent
+        for name in list(engine.failed):
+            self._fail(name, engine.failed.pop(name))
+        if self._after is not None:
+            self._after(made, spent)
+        self._good += 1
+        if engine.max_sequences < self._most and self._good >= GROW_AFTER:
+            self._allow(engine, 2 * engine.max_sequences)
+
+    def _deliver(self, engine: Engine, tokens: list[Token], seconds: float) -> None:
+        """Tell the listeners of these tokens, which took so long, and end the responses that end."""
         self._waited += seconds  # a step may bring no token, if the base model is behind a server
         shared, self._waited = (self._waited / len(tokens), 0.0) if tokens else (0.0, self._waited)
         for token in tokens:
@@ -188,13 +211,8 @@ class Loop:
                 done.seconds = self._seconds[name]
                 self.positions += done.base_positions
                 self._forget(name).set_result(done)
-        for name in list(engine.failed):
-            self._fail(name, engine.failed.pop(name))
-        if self._after is not None:
-            self._after(len(tokens), seconds)
-        self._good += 1
-        if engine.max_sequences < self._most and self._good >= GROW_AFTER:
-            self._allow(engine, 2 * engine.max_sequences)
+        if tokens and self._told is not None:
+            self._told()
 
     def _fail(self, request_id: str, error: Exception) -> None:
         """End a request without a completion; where it was refused whatever it is, its caller need not ask for more."""

@@ -307,6 +307,16 @@ class Sequence:
         return self.request.guidance.blockwise
 
     @property
+    def steered(self) -> bool:
+        """Whether value models may be asked about each of its tokens."""
+        return bool(self.request.guidance.active) and not self.blockwise
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of its response has been told yet."""
+        return not self.completion.token_ids
+
+    @property
     def rows(self) -> int:
         """Rows that it takes in the caches, its continuations' included."""
         if self.fork:

@@ -47,7 +47,7 @@ class BaseReplica:
         self._base = open_base(settled.base, "cuda" if settled.serving.replicas.gpus else "cpu")
         self._local: dict[str, InProcess] = {}
         self._filled: list[_Mailbox] = []
-        self._loop = Loop(self._make, self._measure)
+        self._loop = Loop(self._make, self._measure, self._post)
 
     def _make(self) -> Engine:
         serving = self._settled.serving
@@ -142,9 +142,11 @@ class BaseReplica:
         if self._loop.death is not None:
             raise self._loop.death
 
-    def _measure(self, tokens: int, seconds: float) -> None:
+    def _post(self) -> None:
         while self._filled:
             self._filled.pop().post()
+
+    def _measure(self, tokens: int, seconds: float) -> None:
         engine = self._loop.engine
         if isinstance(self._base, ServedModel):
             cost = self._base.server.cost
@@ -153,10 +155,10 @@ class BaseReplica:
 
 
 class _Mailbox:
-    """Events on their way from the engine's thread to the event loop's; those of a step come together."""
+    """Events on their way from the engine's thread to the event loop's; those of a part of a step come together."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, filled: list[_Mailbox]) -> None:
-        """filled: where it enters itself once it has something for the end of the step."""
+        """filled: where it enters itself once it has something to be posted."""
         self._loop, self._filled, self._lock = loop, filled, threading.Lock()
         self._step: list[Event] = []
         self._events: list[Event] = []
@@ -220,7 +222,7 @@ class _Mailbox:
         self._step.append(event)
 
     def post(self) -> None:
-        """Hand over what the step has brought."""
+        """Hand over what has been added."""
         step, self._step = self._step, []
         ends = any(event.last for event in step)
         with self._lock:
