@@ -1,7 +1,9 @@
 """Short prompts are read in the pass that decodes others, and requests may join in the middle of a step."""
 
+import itertools
 from concurrent.futures import Future
 from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,10 +262,10 @@ def test_first_tokens_do_not_wait_for_the_values_of_others(monkeypatch):
 def test_switched_off_first_tokens_come_with_the_others(monkeypatch):
     monkeypatch.setenv("VAS_OFF", "first_tokens")
     _, _, engine = guided_setup("llama", ending=())
-    for each in (request("0", prompts(9)[0], ONE), request("plain", prompts(12)[0])):
-        engine.add(each)
-        tokens = [[token.request_id for token in part] for part in engine.parts()]
-    assert tokens == [[], [], ["0", "plain"]]
+    engine.add(request("0", prompts(9)[0], ONE))
+    engine.step()
+    engine.add(request("plain", prompts(12)[0]))
+    assert [[token.request_id for token in part] for part in engine.parts()] == [[], [], ["0", "plain"]]
 
 
 def test_a_step_that_fails_after_a_request_has_joined_midway_loses_neither():
@@ -302,6 +304,53 @@ def test_a_step_that_fails_after_first_tokens_keeps_them(monkeypatch):
     assert [begun.token_id] == engine.completion("1").token_ids == alone(second)[:1]
     done = drain(engine)
     assert {name: each.token_ids for name, each in done.items()} == {"0": alone(first), "1": alone(second)}
+
+
+def test_a_loop_tells_each_token_once_though_steps_fail_after_first_tokens():
+    base, models, _ = guided_setup("llama", ending=())
+    requests = [
+        request(str(i), p, BOTH, seed=i, max_tokens=1 + 3 * (i % 3)) for i, p in enumerate(prompts(*range(9, 17)))
+    ]
+
+    class Failing(Engine):
+        """Each fifth draw fails, if there are others to blame."""
+
+        drawn = 0
+
+        def _draw(self, drawable):
+            self.drawn += 1
+            if self.drawn % 5 == 0 and self.running > 1:
+                raise RuntimeError("for once")
+            return super()._draw(drawable)
+
+    counted, told = [], {each.request_id: [] for each in requests}
+    loop = Loop(
+        lambda: Failing(base, scorers_of(models), max_sequences=3), after=lambda tokens, _: counted.append(tokens)
+    )
+    futures = [loop.submit(each, lambda token, _: told[token.request_id].append(token.token_id)) for each in requests]
+    found = [future.result(60).token_ids for future in futures]
+    loop.call(lambda engine: None).result(60)
+    assert loop.engine.drawn >= 10
+    assert found == [told[each.request_id] for each in requests] == [alone(each) for each in requests]
+    assert sum(counted) == sum(map(len, found))
+
+
+def test_each_response_is_charged_its_share_of_the_parts_that_it_was_in(monkeypatch):
+    """Each part takes a second here: the base model's is everybody's, the others are theirs whose tokens they bring."""
+    base, models, _ = guided_setup("llama", ending=())
+    ticks = itertools.count()
+    monkeypatch.setattr("vas.decoding.loop.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    loop = Loop(lambda: Engine(base, scorers_of(models)))
+    ready = Event()
+    loop.call(lambda engine: ready.wait(30))
+    asked = [request(str(i), p, BOTH, max_tokens=4) for i, p in enumerate(prompts(9, 12))]
+    futures = [loop.submit(each) for each in (*asked, request("plain", prompts(5)[0], max_tokens=4))]
+    ready.set()
+    one, other, plain = (future.result(60).seconds for future in futures)
+    common, first = 5 / 3, 1 / 3  # the first step, in which all begin, has a last part without a token
+    assert (one, other) == pytest.approx((common + first + 3 / 2,) * 2, abs=0.3)
+    assert plain == pytest.approx(common + first + 3, abs=0.3)
+    assert one + other + plain == pytest.approx(12)
 
 
 def test_the_loop_takes_requests_midway_and_leaves_the_rest_for_after_the_step():

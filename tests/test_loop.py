@@ -20,13 +20,13 @@ class Cramped(Engine):
 
     room = 3
 
-    def _draw(self, ahead):
-        sequences = ahead.sequences
+    def _draw(self, drawable):
+        sequences = drawable.sequences
         if len(sequences) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         if any(each.request.request_id == "poison" for each in sequences):
             raise IndexError("poisoned")
-        return super()._draw(ahead)
+        return super()._draw(drawable)
 
 
 def tokens_of(requests: list) -> list[list[int]]:

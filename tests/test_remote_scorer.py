@@ -181,6 +181,15 @@ def test_a_call_a_step_for_each_replica():
     assert replicas.calls <= 12 + 2  # a step each, and the farewell
 
 
+def test_a_call_a_step_also_where_a_response_begins():
+    replicas = Replicas()
+    engine = Engine(tiny_base(), [remote(replicas)])
+    for number, each in enumerate(requests()[:4], 1):
+        engine.add(each)
+        assert len(engine.step()) == number
+        assert replicas.calls == number
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES[:2])
 def test_a_response_goes_on_at_another_engine(schedule):
     """What a gateway asks for when a replica died: the rest of a response, from its tokens so far."""

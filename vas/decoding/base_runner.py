@@ -33,17 +33,17 @@ class Arrival:
 
 
 @dataclass(slots=True)
-class Ahead:
+class Drawable:
     """Sequences whose next token can be drawn, one or more, and the base model's logits of it."""
 
     sequences: list[Running]
     logits_BV: Tensor
 
-    def with_(self, sequences: list[Running], logits_BV: Tensor) -> Ahead:
+    def joined_by(self, sequences: list[Running], logits_BV: Tensor) -> Drawable:
         """These and others."""
-        return Ahead([*self.sequences, *sequences], torch.cat([self.logits_BV, logits_BV]))
+        return Drawable([*self.sequences, *sequences], torch.cat([self.logits_BV, logits_BV]))
 
-    def split(self, first: Callable[[Running], bool]) -> tuple[Ahead | None, Ahead | None]:
+    def split(self, first: Callable[[Running], bool]) -> tuple[Drawable | None, Drawable | None]:
         """Those that are to be first, and the others; None for no sequences."""
         chosen = [first(sequence) for sequence in self.sequences]
         if all(chosen):
@@ -52,8 +52,8 @@ class Ahead:
             return None, self
         return self._some(chosen), self._some([not each for each in chosen])
 
-    def _some(self, chosen: list[bool]) -> Ahead:
-        return Ahead(list(compress(self.sequences, chosen)), self.logits_BV[torch.tensor(chosen)])
+    def _some(self, chosen: list[bool]) -> Drawable:
+        return Drawable(list(compress(self.sequences, chosen)), self.logits_BV[torch.tensor(chosen)])
 
 
 class Room(Protocol):

@@ -10,7 +10,7 @@ import torch
 
 from vas.choices import Linears
 from vas.decoding import switches
-from vas.decoding.base_runner import Ahead, BaseRunner, LocalRunner
+from vas.decoding.base_runner import BaseRunner, Drawable, LocalRunner
 from vas.decoding.blocks import Block, choose
 from vas.decoding.check import Check
 from vas.decoding.clock import Clock
@@ -202,8 +202,8 @@ class Engine:
         """Admit what fits, read prompts, then append a token to every sequence that is ready; returns those tokens.
 
         A request with the schedule `block:b` gets its tokens b at a time. If a model fails, what is running
-        goes back to wait, so that the engine can go on without the request that brought it about; first tokens that
-        were drawn before stand in their `completion`.
+        goes back to wait, so that the engine can go on without the request that brought it about; tokens of parts
+        before, which may end a response, stand in their `completion`.
         """
         return [token for part in self.parts() for token in part]
 
@@ -213,7 +213,7 @@ class Engine:
 
         Those are the ones that begin a response, and those of requests without guidance. Whoever takes the parts may
         add requests between two of them, and do nothing else with the engine; a request that comes before the first
-        tokens may have its own among them. A part that fails has taken in no token.
+        tokens may have its own among them. A part that fails has taken in no token; to leave early is to fail.
         """
         try:
             for tokens in self._step():
@@ -239,18 +239,19 @@ class Engine:
                 ready = self._scheduler.ready(left)
                 left -= sum(sequence.unread for sequence in ready)
                 arrival = self._runner.arrived(ready)
-                ahead = Ahead(arrival.ahead, self._runner.logits(arrival.ahead)) if arrival.ahead else None
-        if ahead and self._scheduler.joint and any(sequence.steered for sequence in ahead.sequences):
-            yield []
+                ahead = arrival.ahead
+                drawable = Drawable(ahead, self._runner.logits(ahead)) if ahead else None
+        if drawable and self._scheduler.joint and any(sequence.steered for sequence in ahead):
+            yield []  # requests may come
             with self.clock.part("overhead"):
-                first, ahead = self._join(ahead, left).split(self._goes_first)
-                tokens = self._take_drawn(self._draw(first) if first else [])
+                first, drawable = self._join(drawable, left).split(self._goes_first)
+                tokens = self._take_drawn(self._draw(first)) if first else []
             yield tokens
         with self.clock.part("overhead"):
             drawn: list[_Drawn] = [(sequence, some, None, reason) for sequence, some, reason in arrival.drawn]
-            drawn += self._draw(ahead) if ahead else []
+            drawn += self._draw(drawable) if drawable else []
             whole = [each for block in arrival.blocks for each in block.continuations]
-            chosen = self._choose([*arrival.ahead, *whole])
+            chosen = self._choose([*ahead, *whole])
             # no model runs from here on: a part that fails has taken in no token
             for sequence, error in arrival.failed:
                 self._fail(sequence, error)
@@ -259,10 +260,14 @@ class Engine:
         yield tokens
 
     def _goes_first(self, sequence: Sequence) -> bool:
-        """Whether its token is drawn before value models run for the other sequences."""
-        return self._early and (sequence.fresh or not sequence.steered)
+        """Whether its token is drawn before value models run for the other sequences.
 
-    def _join(self, ahead: Ahead, budget: int) -> Ahead:
+        Value models elsewhere are asked once a step. Continuations of blocks are not steered, token by token.
+        """
+        here = all(isinstance(scorer, InProcess) for scorer in self._guide.scorers_of(sequence.request))
+        return self._early and (not sequence.steered or (sequence.fresh and here))
+
+    def _join(self, drawable: Drawable, budget: int) -> Drawable:
         """Sequences that came while the base model ran for these go on with them, before value models run.
 
         Only with short prompts, within a budget of tokens, for they have a pass of the base model's to themselves.
@@ -271,9 +276,9 @@ class Engine:
         self._copy_prefixes()
         late = self._scheduler.ready(budget, [s for s in fresh if not s.blockwise])
         if not late:
-            return ahead
+            return drawable
         with self.clock.part("base"):
-            return ahead.with_(late, self._runner.logits(late))
+            return drawable.joined_by(late, self._runner.logits(late))
 
     def _take_drawn(self, drawn: list[_Drawn]) -> list[Token]:
         """Append drawn tokens to their sequences, and end the responses that end; a sequence may have several."""
@@ -293,12 +298,12 @@ class Engine:
         del self._completions[sequence.request.request_id]
         self.failed[sequence.request.request_id] = error
 
-    def _draw(self, ahead: Ahead) -> list[_Drawn]:
+    def _draw(self, drawable: Drawable) -> list[_Drawn]:
         """A token for each of these; continuations of blocks keep theirs."""
-        sequences = ahead.sequences
+        sequences = drawable.sequences
         with self.clock.part("combine"):
             knobs = [s.request.sampling for s in sequences]
-            base_BV = policy(ahead.logits_BV, knobs)
+            base_BV = policy(drawable.logits_BV, knobs)
             guided_BV, kl_B = self._guide(sequences, base_BV)
         with self.clock.part("sample"):
             guided_BV = self._runner.certain(guided_BV, knobs)

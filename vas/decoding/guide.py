@@ -47,9 +47,9 @@ class Guide:
                 self.objectives[name] = len(self.objectives)
         self._relative = {name for scorer in scorers if scorer.relative for name in scorer.objectives}
         self._last: tuple[list[int], Tensor, Tensor, Tensor, Tensor] | None = None
-        """The last step: its guided rows, candidates and which of them count, values and advantages."""
+        """The last call: its guided rows, candidates and which of them count, values and advantages."""
         self._lost: dict[int, set[str]] = {}
-        """Rows of the last step, with the objectives that there were no values of."""
+        """Rows of the last call, with the objectives that there were no values of."""
 
     def scorers_of(self, request: Request) -> list[Scorer]:
         """The scorers that a request's objectives need."""

@@ -65,7 +65,8 @@ class Loop:
         self._listeners: dict[str, Listener] = {}
         self._seconds: dict[str, float] = {}
         self._after, self._told = after, told
-        self._good, self._waited = 0, 0.0
+        self._good = 0
+        self._common = 0.0  # seconds of parts without a token; each one that comes takes its share, of all that run
         self.positions, self.busy_seconds = 0, 0.0
         """Token positions that the base model has run, and the time that steps took."""
         self.death: EngineDied | None = None
@@ -179,16 +180,17 @@ class Loop:
             try:
                 tokens = next(parts, None)
             except Exception as error:
+                if made and self._after is not None:
+                    self._after(made, spent)
                 self._mend(engine, error)
                 return
             seconds = time.perf_counter() - started
-            spent += seconds
+            self.busy_seconds += seconds
             if tokens is None:
                 break
-            made += len(tokens)
-            self._deliver(engine, tokens, seconds)
+            made, spent = made + len(tokens), spent + seconds
+            self._tell(engine, tokens, seconds)
             self._listen(engine)
-        self.busy_seconds += spent
         for name in list(engine.failed):
             self._fail(name, engine.failed.pop(name))
         if self._after is not None:
@@ -197,13 +199,17 @@ class Loop:
         if engine.max_sequences < self._most and self._good >= GROW_AFTER:
             self._allow(engine, 2 * engine.max_sequences)
 
-    def _deliver(self, engine: Engine, tokens: list[Token], seconds: float) -> None:
-        """Tell the listeners of these tokens, which took so long, and end the responses that end."""
-        self._waited += seconds  # a step may bring no token, if the base model is behind a server
-        shared, self._waited = (self._waited / len(tokens), 0.0) if tokens else (0.0, self._waited)
+    def _tell(self, engine: Engine, tokens: list[Token], seconds: float) -> None:
+        """Tell the listeners of a part's tokens, and end the responses that end. seconds: what the part took."""
+        if not tokens:
+            self._common += seconds
+            return
+        running = max(engine.running + sum(bool(token.finish_reason) for token in tokens), len(tokens))
+        common = self._common / running
+        self._common -= common * len(tokens)
         for token in tokens:
             name = token.request_id
-            self._seconds[name] = self._seconds.get(name, 0.0) + shared
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds / len(tokens) + common
             if listener := self._listeners.get(name):
                 listener(token, engine.completion(name))
             if token.finish_reason:
@@ -211,7 +217,7 @@ class Loop:
                 done.seconds = self._seconds[name]
                 self.positions += done.base_positions
                 self._forget(name).set_result(done)
-        if tokens and self._told is not None:
+        if self._told is not None:
             self._told()
 
     def _fail(self, request_id: str, error: Exception) -> None:
