@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY = PASSIVE
 .PHONY: help demo demo-on-s3 test tests-with-ray tests-without lint format bench chaos-rollouts chaos-serving load-serving test-cluster lock clean
 
 help:  ## This list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 demo: $(VENV)/installed  ## Train value models on a small language model's own rollouts, and steer it (10 to 20 min)
 	$(BIN)/vas run configs/demo.yaml
@@ -37,8 +37,13 @@ format: $(VENV)/installed  ## Format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-decoding  ## How fast decoding is; results land in benchmarks/results/
+bench: bench-decoding
 
+bench-decoding: ## How fast decoding is; results of benchmarks land in benchmarks/results/
+bench-serving: ## What the endpoint costs beside its engine
+bench-api: ## Guiding a base model that can only be called
+bench-rollouts: ## How fast rollouts are sampled
+bench-value: ## Which value model, head, λ and number of rollouts (two hours)
 bench-schedules: runs/bench/value/default/config.json  ## What cheaper guidance keeps of the reward (trains a value model first)
 bench-training: runs/bench/value/default/config.json  ## How fast value models are trained, against Hugging Face Trainer
 

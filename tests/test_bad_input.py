@@ -12,7 +12,7 @@ from command import message, tiny_content, tiny_run, vas
 from tiny import tiny_value
 
 from vas import schema, storage
-from vas.cli.serve import serve_forever
+from vas.cli.serve import _last, serve_forever
 from vas.config import load_config
 from vas.errors import VasError
 from vas.rewards import load_rewards
@@ -224,6 +224,33 @@ def test_a_config_to_deploy_without_an_application(tmp_path, content):
     file.write_text(content)
     with pytest.raises(VasError, match="there is no application in this config"):
         serve_forever(str(file), [], "127.0.0.1", 0)
+
+
+def test_an_endpoint_with_a_keys_file_that_is_not_there(trained):
+    with pytest.raises(VasError, match=r"no file of API keys here(.|\n)*gate.keys: nokeys.yaml(.|\n)*vas key"):
+        serve_forever(trained.location, ["gate.keys=nokeys.yaml"], "127.0.0.1", 0)
+
+
+def test_an_endpoint_of_the_config_of_a_run(trained, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(trained.config.yaml())
+    with pytest.raises(VasError, match=f"config of a run(.|\n)*vas serve {trained.location}"):
+        serve_forever(str(file), [], "127.0.0.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "Traceback:\n  File x\nvas.errors.VasError: what\n  where: here\n  mend:  so\n",
+            "what, where: here, mend:  so",
+        ),
+        ("ValueError: one\n\nThe cause\nray.exceptions.RayError: two\nmore", "ray.exceptions.RayError: two"),
+        ("no replica\nwas placed", "was placed"),
+    ],
+)
+def test_of_a_deployments_traceback_the_last_error_is_told(message, said):
+    assert _last(message) == said
 
 
 def test_a_run_that_is_not_there(trained):

@@ -1,9 +1,11 @@
 """The command line: quick to start, helpful, and the same text for the same seed."""
 
 import json
+import re
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import pytest
 import yaml
@@ -63,6 +65,10 @@ def test_bare_vas_says_how_to_start():
     assert "vas run configs/demo.yaml" in found.stdout
     for command in ("run", "rollout", "train", "evaluate", "generate", "rewards", "config"):
         assert f" {command} " in found.stdout
+
+
+def test_the_version_is_told():
+    assert vas("--version").stdout.strip() == metadata.version("vas")
 
 
 # --- looking around -----------------------------------------------------------------------------
@@ -125,6 +131,8 @@ def test_an_interruption_says_that_what_is_finished_is_kept(tmp_path):
 
 # --- vas generate -------------------------------------------------------------------------------
 
+TOLD = r"seed \d+: (\d+ tokens|cut at \d+ tokens \(--max-tokens\))(, \d+\.\d nats from the base model)?"
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -159,7 +167,10 @@ def answers(run):
     words = [["generate", run.location, "What does the fox do?", *option] for option in options.values()]
     found = python("-c", code, json.dumps(words))
     assert found.returncode == 0, found.stderr
-    assert found.stderr == ""
+    told = found.stderr.splitlines()
+    assert all(re.fullmatch(TOLD, line) for line in told), "a line about each response, and nothing else"
+    assert len(told) == len(options) + 2
+    assert told[-1].startswith("seed 0: cut at 2 tokens")
     return dict(zip(options, found.stdout.split("\x1e"), strict=False))
 
 

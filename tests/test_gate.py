@@ -13,6 +13,7 @@ from vas.errors import VasError
 from vas.serving.answers import ChatAnswer
 from vas.serving.calls import Objective
 from vas.serving.config import Gate
+from vas.serving.errors import ApiError
 from vas.serving.gateway import Gateway
 from vas.serving.keys import Doorkeeper
 from vas.serving.protocol import ChatRequest, parse
@@ -85,6 +86,24 @@ def test_a_chat_that_names_no_length_gets_what_there_is_room_for(doubling):
         assert request.sampling.max_tokens == 2048 or allocated(rows, length, doubling) <= 20_000
         assert request.sampling.max_tokens == 2048 or allocated(rows, length + 1, doubling) > 20_000
     assert length < 2148
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"temprature": 1}, "temprature: .*did you mean 'temperature'?"),
+        ({"guidance": {"objectves": {"tone": 1}}}, "guidance.objectves: .*did you mean 'objectives'?"),
+        ({"guidance": {"tone": 1}}, "guidance.tone: .*known: candidates, objectives"),
+        ({"stream_options": {"usage": True}, "stream": True}, "stream_options.usage: .*known: include_obfuscation, include_usage"),
+        ({"messages": [CHAT[0] | {"roll": 1}]}, "messages.0.roll: .*did you mean 'role'?"),
+        ({"guidance": {"schedule": "foo"}}, "guidance.schedule: .*entropy:NATS"),
+        ({"x" * 10_000: 1}, "xxx: .*known: "),
+    ],
+)
+def test_a_request_with_a_slip_is_told_what_was_perhaps_meant(extra, says):
+    with pytest.raises(ApiError, match=says.replace("?", r"\?")) as caught:
+        parse(ChatRequest, json.dumps({"model": "tiny", "messages": CHAT, **extra}).encode())
+    assert caught.value.status == 400
 
 
 def test_guidance_within_the_bounds_is_let_in():

@@ -154,7 +154,7 @@ def test_others_get_a_token_at_every_step_while_a_long_prompt_is_read():
     engine.add(late)
     for _ in range(11):  # 60 tokens to read, 5 at a time
         assert [token.request_id for token in engine.step()] == ["0", "1"]
-    assert [token.request_id for token in engine.step()] == ["0", "1", "late"]
+    assert [token.request_id for token in engine.step()] == ["late", "0", "1"]
     done = drain(engine)
     for asked in (*others, late):
         (alone,) = Engine(base, scorers_of(models)).generate([asked])

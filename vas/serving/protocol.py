@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vas.choices import SCHEDULE
+from vas.errors import nearest
 from vas.serving.errors import ApiError
 
 LONGEST_STOP = 256  # characters: each token is held against all of them
@@ -204,10 +205,24 @@ def parse(kind: type[Any], body: bytes) -> Any:
         param = ".".join(str(part) for part in first["loc"])[:200] or None
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            message = "this parameter is unknown, or not supported here"
+            message = f"this parameter is unknown, or not supported here{_instead(kind, first['loc'])}"
+        elif first["type"] == "string_pattern_mismatch":
+            message = "should be `token`, `entropy:NATS` or `block:TOKENS`"
         raise ApiError(400, f"{param}: {message}" if param else message, param, "invalid_value") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
+
+
+def _instead(kind: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """The parameter that was perhaps meant, or all that there are beside it."""
+    *above, name = place
+    inside: dict[Any, type[BaseModel]] = {
+        "guidance": Guidance,
+        "stream_options": StreamOptions,
+        "messages": ChatMessage,
+    }
+    known = inside.get(above[0]) if above else kind
+    return f"; {nearest(str(name)[:64], list(known.model_fields))}" if known and len(above) < 3 else ""
 
 
 def _no_constant(name: str) -> float:

@@ -107,7 +107,8 @@ class Served:
         name, _, preset = model.partition(":")
         if name == self.name and preset in gate.presets:
             return gate.presets[preset]
-        raise ApiError(404, f"the model '{model}' does not exist", "model", "model_not_found")
+        mend = nearest(model, self.models(gate))
+        raise ApiError(404, f"the model '{model}' does not exist; {mend}", "model", "model_not_found")
 
     def scored(self, body: ScoreRequest, gate: Gate, caller: Caller) -> list[str]:
         """Objectives whose values are asked for; of a request that names none, all that have values of a text.

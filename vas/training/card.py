@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from vas.config import RunConfig
+from vas.models.bundled import hub_id
 from vas.models.value import ValueModelConfig
 from vas.training.history import best
 
@@ -56,7 +57,7 @@ def heading(model: ValueModelConfig, title: str) -> list[str]:
     return [
         "---",
         "library_name: transformers",
-        f"base_model: {model.base_model}",
+        f"base_model: {hub_id(model.base_model)}",
         "tags: [value-model, value-augmented-sampling]",
         "---",
         f"# {title}",
