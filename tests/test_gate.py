@@ -94,7 +94,7 @@ def test_a_chat_that_names_no_length_gets_what_there_is_room_for(doubling):
         ({"temprature": 1}, "temprature: .*did you mean 'temperature'?"),
         ({"guidance": {"objectves": {"tone": 1}}}, "guidance.objectves: .*did you mean 'objectives'?"),
         ({"guidance": {"tone": 1}}, "guidance.tone: .*known: candidates, objectives"),
-        ({"stream_options": {"usage": True}, "stream": True}, "stream_options.usage: .*known: include_obfuscation, include_usage"),
+        ({"stream_options": {"usage": True}, "stream": True}, "usage: .*known: include_obfuscation, include_usage"),
         ({"messages": [CHAT[0] | {"roll": 1}]}, "messages.0.roll: .*did you mean 'role'?"),
         ({"guidance": {"schedule": "foo"}}, "guidance.schedule: .*entropy:NATS"),
         ({"x" * 10_000: 1}, "xxx: .*known: "),
