@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from vas import schema, storage
 from vas.rollouts.counts import kind
@@ -53,3 +54,19 @@ def test_rewards_that_differ_in_their_last_digit_have_a_histogram():
     found = _spread(values)
     assert sum(found["histogram"]["counts"]) == 10
     assert len(found["histogram"]["edges"]) == BINS + 1
+
+
+@pytest.mark.parametrize(("count", "each"), [(2, 1), (31, 1), (40, 1), (41, 2), (100, 3)])
+def test_steps_of_one_size_have_bins_with_as_many_steps_each(count, each):
+    values = (1 - np.arange(count) / 30).astype(np.float32).repeat(2)  # as the reward `brevity` of each length
+    counts = _spread(values)["histogram"]["counts"]
+    assert counts[:-1] == [2 * each] * (len(counts) - 1)
+    assert sum(counts) == 2 * count
+    assert len(counts) <= BINS
+
+
+def test_other_values_have_bins_of_a_share_of_their_range():
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    found = _spread(values)["histogram"]
+    assert (len(found["counts"]), sum(found["counts"])) == (BINS, 1000)
+    assert found["edges"][0] == values.min()

@@ -84,10 +84,27 @@ def _spread(values: np.ndarray) -> dict[str, Any]:
     if not len(values):
         return {}
     values = values.astype(np.float64)  # in float32 a range of some last digits has no 40 bins
-    counts, edges = np.histogram(values, bins=BINS)
+    counts, edges = np.histogram(values, bins=_bins(values))
     return {
         "mean": float(values.mean()),
         "std": float(values.std()),
         "quantiles": {str(q): float(np.quantile(values, q)) for q in (0, 0.1, 0.5, 0.9, 1)},
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
+
+
+def _bins(values: np.ndarray) -> np.ndarray | int:
+    """BINS equal bins, or fewer with as many steps in each where all values are steps of one size, as whole numbers.
+
+    With bins of another width some would hold a step more than their neighbours.
+    """
+    distinct = np.unique(values)
+    step = float(np.diff(distinct).min(initial=np.inf))
+    if not 1e-5 * np.abs(distinct).max() < step < np.inf:
+        return BINS
+    places = (distinct - distinct[0]) / step
+    if np.abs(places - places.round()).max() > 1e-3:
+        return BINS
+    steps = round(places[-1]) + 1
+    width = -(-steps // BINS)
+    return distinct[0] + step * (width * np.arange(-(-steps // width) + 1) - 0.5)
