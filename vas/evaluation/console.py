@@ -1,4 +1,4 @@
-"""The results as a table for a terminal of 100 columns."""
+"""The results as a table for a terminal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ from vas.evaluation.grouping import (
 from vas.evaluation.results import Result
 
 _ONE_LINE = 2  # objectives whose cells fit beside each other on one line
+_WIDE = 100  # columns that this takes
+_INTERVAL = 12  # characters that are not to be broken
 
 
-def results_table(results: list[Result]) -> Table:
-    """A row a setting: reward per objective with its 95 % interval, KL, length and cost."""
+def results_table(results: list[Result], width: int = _WIDE) -> Table:
+    """A row a setting: reward per objective with its 95 % interval, KL, length and cost. width: columns there are."""
     settings, objectives = group(results), objectives_of(results)
+    one_line = len(objectives) <= _ONE_LINE and width >= _WIDE
     base = base_of(settings)
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -39,14 +42,14 @@ def results_table(results: list[Result]) -> Table:
     )
     table.add_column("method", overflow="fold")
     for objective in objectives:
-        table.add_column(Text(objective), justify="right", overflow="fold")
+        table.add_column(Text(objective), justify="right", overflow="fold", min_width=_INTERVAL)
     for name in ("KL", "length", "FLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
     top = {objective: best(settings, objective) for objective in objectives}
     for _, family in groupby(settings, key=lambda setting: setting.family):
         for setting in family:
             cells = [
-                _cell(results, setting, base, objective, top[objective] is setting, len(objectives) <= _ONE_LINE)
+                _cell(results, setting, base, objective, top[objective] is setting, one_line)
                 for objective in objectives
             ]
             shared = setting.any

@@ -77,7 +77,7 @@ def evaluate(config: RunConfig, prompts: Iterable[Prompt], inputs: Inputs) -> li
     for name, figure in report.figures.items():
         storage.write_bytes(storage.join(inputs.output, "figures", name), figure)
     storage.write_bytes(storage.join(inputs.output, "report.html"), render_report(report).encode())
-    terminal.print(console.results_table(results))
+    terminal.print(console.results_table(results, terminal.width))
     for each in trust:
         terminal.print(
             f"{each.objective}: V of half-finished responses explains {number(each.explained_variance, 2)} "
