@@ -264,8 +264,9 @@ class Engine:
 
         Value models elsewhere are asked once a step. Continuations of blocks are not steered, token by token.
         """
-        here = all(isinstance(scorer, InProcess) for scorer in self._guide.scorers_of(sequence.request))
-        return self._early and (not sequence.steered or (sequence.fresh and here))
+        if not (self._early and sequence.steered):
+            return self._early
+        return sequence.fresh and all(isinstance(each, InProcess) for each in self._guide.scorers_of(sequence.request))
 
     def _join(self, drawable: Drawable, budget: int) -> Drawable:
         """Sequences that came while the base model ran for these go on with them, before value models run.

@@ -15,9 +15,9 @@ from vas.evaluation import figure_style as style
 def draw(summary: dict[str, Any]) -> Figure:
     """A histogram of each reward and one of the lengths, from what `summarize` gives."""
     panels = [(f"{style.short(name, 24)}: reward", "reward", each) for name, each in summary["rewards"].items()]
-    good = summary["finish_reasons"].get("length", 0) + summary["finish_reasons"].get("stop", 0)
-    cut = summary["finish_reasons"].get("length", 0) / max(good, 1)
-    panels.append((f"Length, {100 * cut:.0f} % cut at the limit", "tokens sampled", summary["lengths"]))
+    cut, ended = (summary["finish_reasons"].get(reason, 0) for reason in ("length", "stop"))
+    share = f"{100 * cut / max(cut + ended, 1):.0f} % cut at the limit"
+    panels.append((f"Length, {share}", "tokens sampled", summary["lengths"]))
     rows = -(-len(panels) // 2)
     figure = style.new_figure(3.1 * rows + 0.3)
     places = figure.subplots(rows, 2, squeeze=False).ravel()

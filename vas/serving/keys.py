@@ -53,10 +53,11 @@ def hash_of(key: str) -> str:
 
 def load_keys(location: str) -> list[Key]:
     """Read a keys file. Raises VasError for a file that is missing or malformed, or a name that stands twice."""
-    if not storage.exists(storage.absolute(location)):
+    found = storage.read_version(storage.absolute(location))
+    if found is None:
         mend = "`vas key NAME` makes an entry for one; docs/serving.md, Keys"
         raise VasError("there is no file of API keys here", f"gate.keys: {location}", mend)
-    content = read_yaml(storage.read_bytes(storage.absolute(location)).decode(), location)
+    content = read_yaml(found[0].decode(), location)
     keys = validated(Keys, content if isinstance(content, dict) else {}, location).keys
     names = [key.name for key in keys]
     for name in names:

@@ -206,7 +206,7 @@ def parse(kind: type[Any], body: bytes) -> Any:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"this parameter is unknown, or not supported here{_instead(kind, first['loc'])}"
-        elif first["type"] == "string_pattern_mismatch":
+        elif first["type"] == "string_pattern_mismatch":  # of the schedule: nothing else has a pattern
             message = "should be `token`, `entropy:NATS` or `block:TOKENS`"
         raise ApiError(400, f"{param}: {message}" if param else message, param, "invalid_value") from None
     except RecursionError:
