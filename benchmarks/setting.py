@@ -122,15 +122,15 @@ class Watching(Guide):
 
 def guide_by(engine: Engine, kind: type[Guide]) -> Engine:
     """Let an engine choose its guided steps in another way."""
-    engine._guide = kind(engine._scorers, engine._base.eos_token_ids, engine._base.model.device, engine.clock)
+    engine._stepper.guide = kind(engine._scorers, engine._base.eos_token_ids, engine._base.model.device, engine.clock)
     return engine
 
 
 def median_entropy(engine: Engine, requests: list[Request]) -> float:
     """The entropy of π0 that half the steps exceed, when these requests are guided at every step."""
     guide_by(engine, Watching).generate(requests)
-    assert isinstance(engine._guide, Watching)
-    return round(float(np.median(engine._guide.entropies)), 3)
+    assert isinstance(engine._stepper.guide, Watching)
+    return round(float(np.median(engine._stepper.guide.entropies)), 3)
 
 
 def guided(requests: list[Request], **how: float | int | str) -> list[Request]:

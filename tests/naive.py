@@ -52,6 +52,13 @@ def also_ending_with(base: BaseModel, *tokens: int) -> BaseModel:
     return dataclasses.replace(base, eos_token_ids=(*base.eos_token_ids, *tokens))
 
 
+def before_draws(engine: Engine, check: Callable[[list], object]) -> Engine:
+    """Call `check` with the sequences before each draw of an engine; what it raises is a step's failure."""
+    draw = engine._stepper._draw
+    engine._stepper._draw = lambda drawable: (check(drawable.sequences), draw(drawable))[1]
+    return engine
+
+
 def rows_in_use(engine: Engine) -> list[int]:
     """Rows in use in the cache of the base model and of every scorer."""
     return [len(engine._runner.cache), *(len(scorer._runner.cache) for scorer in engine._scorers)]

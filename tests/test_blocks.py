@@ -205,8 +205,8 @@ def test_preempted_blocks_go_on_with_the_same_tokens_within_the_memory_stated(li
     free = Engine(base, scorers_of(models)).generate(requests)
     engine = Engine(base, scorers_of(models), kv_tokens=limit)
     caches = [engine._runner.cache, *(scorer._runner.cache for scorer in engine._scorers)]
-    left, leave = [], engine._leave
-    engine._leave = lambda sequence: (left.append(sequence), leave(sequence))
+    left, leave = [], engine._stepper.leave
+    engine._stepper.leave = lambda sequence: (left.append(sequence), leave(sequence))
     for asked in requests:
         engine.add(asked)
     done = drain(engine, lambda: assert_within(limit, caches))

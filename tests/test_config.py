@@ -120,13 +120,13 @@ def test_a_required_key_is_named():
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_named_by_its_key(setting):
-    assert f"mend:  {setting.partition('=')[0]}" in mistake(setting)
+    assert f"mistake: {setting.partition('=')[0]}" in mistake(setting)
 
 
 @pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
 @pytest.mark.parametrize("key", ["train.lr", "train.weight_decay", "rollouts.sampling.temperature"])
 def test_numbers_must_be_finite(key, number):
-    assert f"mend:  {key}: " in mistake(f"{key}={number}")
+    assert f"mistake: {key}: " in mistake(f"{key}={number}")
 
 
 # --- what must fit together ---------------------------------------------------------------------

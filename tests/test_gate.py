@@ -6,13 +6,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from command import tiny_run
 from tiny import tiny_tokenizer
 
 from vas.decoding.cache import allocated
 from vas.errors import VasError
 from vas.serving.answers import ChatAnswer
 from vas.serving.calls import Objective
-from vas.serving.config import Gate
+from vas.serving.config import Gate, parse_serving, settle
 from vas.serving.errors import ApiError
 from vas.serving.gateway import Gateway
 from vas.serving.keys import Doorkeeper
@@ -86,6 +87,28 @@ def test_a_chat_that_names_no_length_gets_what_there_is_room_for(doubling):
         assert request.sampling.max_tokens == 2048 or allocated(rows, length, doubling) <= 20_000
         assert request.sampling.max_tokens == 2048 or allocated(rows, length + 1, doubling) > 20_000
     assert length < 2148
+
+
+def sampled_by(gate: Gate, **asked) -> tuple[float, ...]:
+    """What the one request of a chat is drawn with."""
+    body = parse(ChatRequest, json.dumps({"model": "tiny", "messages": CHAT, **asked}).encode())
+    [request] = SERVED.requests(body, gate, Doorkeeper(None).admit(None), [Encoded([5])], "id", ChatAnswer.longest)
+    how = request.sampling
+    return how.temperature, how.top_p, how.top_k, how.min_p
+
+
+def test_requests_that_do_not_say_are_drawn_as_the_rollouts_of_the_run(tmp_path):
+    sampling = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "max_tokens": 5}
+    run = tiny_run(tmp_path, rollouts={"sampling": sampling})
+    gate = settle(parse_serving({"run": run.location}, "here")).serving.gate
+    assert sampled_by(gate) == (0.6, 0.9, 40, 0.05)
+    assert sampled_by(gate, temperature=0, top_k=-1) == (0, 0.9, 0, 0.05)
+    gate = settle(parse_serving({"run": run.location, "gate": {"sampling": {"top_p": 1}}}, "here")).serving.gate
+    assert sampled_by(gate) == (0.6, 1, 40, 0.05)
+    assert sampled_by(Gate()) == (1, 1, 0, 0)
+    door = gateway(**gate.model_dump())
+    door.reconfigure({"sampling": {"temperature": 1}})
+    assert sampled_by(door.gate) == (1, 1, 40, 0.05), "what the change does not name stays"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from naive import BOTH, ONE, drain, guided_setup, prompts, request, rows_in_use, scorers_of
+from naive import BOTH, ONE, before_draws, drain, guided_setup, prompts, request, rows_in_use, scorers_of
 from tiny import tiny_base, tiny_value
 
 from vas.decoding import attention
@@ -272,14 +272,14 @@ def test_a_step_that_fails_after_a_request_has_joined_midway_loses_neither():
     _, _, engine = guided_setup("llama", ending=())
     first, second = (request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30)))
     engine.add(first)
-    guide = engine._guide
+    guide = engine._stepper.guide
 
     def fail(*_):
-        engine._guide = guide
+        engine._stepper.guide = guide
         raise MemoryError
 
     scorers_of_request = guide.scorers_of
-    engine._guide = type("Failing", (), {"scorers_of": staticmethod(scorers_of_request), "__call__": fail})()
+    engine._stepper.guide = type("Failing", (), {"scorers_of": staticmethod(scorers_of_request), "__call__": fail})()
     with pytest.raises(MemoryError):
         step_and_add(engine, [second])
     assert engine.interrupted == ("0", "1")
@@ -296,7 +296,7 @@ def test_a_step_that_fails_after_first_tokens_keeps_them(monkeypatch):
     parts = engine.parts()
     assert next(parts) == []
     [begun] = next(parts)
-    monkeypatch.setattr(engine._guide, "values", lambda *_: torch.empty(-1))
+    monkeypatch.setattr(engine._stepper.guide, "values", lambda *_: torch.empty(-1))
     with pytest.raises(RuntimeError):
         next(parts)
     monkeypatch.undo()
@@ -312,25 +312,21 @@ def test_a_loop_tells_each_token_once_though_steps_fail_after_first_tokens():
         request(str(i), p, BOTH, seed=i, max_tokens=1 + 3 * (i % 3)) for i, p in enumerate(prompts(*range(9, 17)))
     ]
 
-    class Failing(Engine):
-        """Each fifth draw fails, if there are others to blame."""
+    drawn = itertools.count(1)
 
-        drawn = 0
-
-        def _draw(self, drawable):
-            self.drawn += 1
-            if self.drawn % 5 == 0 and self.running > 1:
-                raise RuntimeError("for once")
-            return super()._draw(drawable)
+    def fail_each_fifth(sequences):
+        if next(drawn) % 5 == 0 and loop.engine.running > 1:  # there are others to blame
+            raise RuntimeError("for once")
 
     counted, told = [], {each.request_id: [] for each in requests}
     loop = Loop(
-        lambda: Failing(base, scorers_of(models), max_sequences=3), after=lambda tokens, _: counted.append(tokens)
+        lambda: before_draws(Engine(base, scorers_of(models), max_sequences=3), fail_each_fifth),
+        after=lambda tokens, _: counted.append(tokens),
     )
     futures = [loop.submit(each, lambda token, _: told[token.request_id].append(token.token_id)) for each in requests]
     found = [future.result(60).token_ids for future in futures]
     loop.call(lambda engine: None).result(60)
-    assert loop.engine.drawn >= 10
+    assert next(drawn) > 10
     assert found == [told[each.request_id] for each in requests] == [alone(each) for each in requests]
     assert sum(counted) == sum(map(len, found))
 

@@ -57,8 +57,8 @@ def test_preempted_sequences_go_on_with_the_same_tokens_within_the_memory_stated
     ]
     free = Engine(base, scorers_of(models)).generate(requests)
     engine = Engine(base, scorers_of(models), max_sequences=24, kv_tokens=limit)
-    left, leave = [], engine._leave
-    engine._leave = lambda sequence: (left.append(sequence), leave(sequence))
+    left, leave = [], engine._stepper.leave
+    engine._stepper.leave = lambda sequence: (left.append(sequence), leave(sequence))
     for asked in requests:
         engine.add(asked)
     done = drain(engine, lambda: assert_within(limit, [engine._runner.cache]))

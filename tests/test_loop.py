@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from engines import many
-from naive import request
+from naive import before_draws, request
 from tiny import tiny_base
 
 from vas.decoding.engine import Engine
@@ -20,13 +20,15 @@ class Cramped(Engine):
 
     room = 3
 
-    def _draw(self, drawable):
-        sequences = drawable.sequences
+    def __init__(self, base):
+        super().__init__(base)
+        before_draws(self, self._fail_if_cramped)
+
+    def _fail_if_cramped(self, sequences):
         if len(sequences) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         if any(each.request.request_id == "poison" for each in sequences):
             raise IndexError("poisoned")
-        return super()._draw(drawable)
 
 
 def tokens_of(requests: list) -> list[list[int]]:
@@ -84,7 +86,7 @@ def test_a_lost_device_ends_the_loop_for_every_caller(loop):
     def lost(*_):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    loop.engine._draw = lost
+    loop.engine._stepper._draw = lost
     for _ in range(2):
         with pytest.raises(EngineDied, match="device-side assert"):
             loop.generate(many(2))

@@ -120,7 +120,7 @@ def test_a_step_that_fails_late_takes_in_no_token(monkeypatch):
             raise RuntimeError("out of memory")
         return choose(blocks, guide)
 
-    monkeypatch.setattr("vas.decoding.engine.choose", failing)
+    monkeypatch.setattr("vas.decoding.stepper.choose", failing)
     for each in asked:
         engine.add(each)
     streamed = {r.request_id: [] for r in asked}

@@ -90,7 +90,7 @@ class Reward(Section):
     """Keyword arguments of the reward."""
 
 
-class Sampling(Section):
+class TokenSampling(Section):
     temperature: float = Field(1.0, ge=0)
     """Of the base model; 0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
@@ -99,6 +99,9 @@ class Sampling(Section):
     """0 keeps every token."""
     min_p: float = Field(0.0, ge=0, lt=1)
     """Drop tokens below this share of the likeliest one's probability."""
+
+
+class Sampling(TokenSampling):
     max_tokens: int = Field(128, gt=0)
     """Longest response, in tokens."""
     stop: list[str] = Field(default_factory=list)

@@ -79,11 +79,11 @@ def validated(kind: type[S], content: dict[str, Any], where: str) -> S:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise VasError(
-            "the config has " + (f"{error.error_count()} mistakes" if error.error_count() > 1 else "a mistake"),
-            where,
-            "\n         ".join(_explain(item, kind) for item in error.errors()),
-        ) from None
+        mistakes = [_explain(item, kind) for item in error.errors()]
+        if len(mistakes) == 1:
+            raise VasError(f"the config has a mistake: {mistakes[0]}", where) from None
+        listed = "".join(f"\n  - {mistake}" for mistake in mistakes)
+        raise VasError(f"the config has {len(mistakes)} mistakes:{listed}", where) from None
 
 
 def _apply(content: dict[str, Any], override_: str) -> None:

@@ -30,6 +30,8 @@ class Tracker:
         self._title, self._total = title, total
         self._done = 0
         self._started = self._spoke = time.monotonic()
+        self._begun: tuple[float, int] | None = None
+        """When the first were done, and how many: what came before was starting up."""
         self._bar = (
             Progress(
                 TextColumn("{task.description:<12}"),
@@ -48,21 +50,31 @@ class Tracker:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=self._total, note="")
+        else:
+            console.print(f"{self._title:<12} 0/{self._total}", highlight=False)
         return self
 
     def advance(self, count: int, note: str = "") -> None:
         """`count` more are done; `note` says how it goes."""
         self._done += count
+        self._begun = self._begun or (time.monotonic(), count)
         if self._bar is not None:
             self._bar.update(self._task, advance=count, note=note)
         elif time.monotonic() - self._spoke > _LINE_EVERY_S or self._done >= self._total:
             self._spoke = time.monotonic()
-            elapsed = self._spoke - self._started
-            left = elapsed / max(self._done, 1) * (self._total - self._done)
             console.print(
-                f"{self._title:<12} {self._done}/{self._total}  {elapsed:.0f} s, {left:.0f} s to go  {note}",
+                f"{self._title:<12} {self._done}/{self._total}  {self.elapsed:.0f} s, {self._left:.0f} s to go  {note}",
                 highlight=False,
             )
+
+    @property
+    def _left(self) -> float:
+        """Seconds that the rest takes, at the rate since the first were done."""
+        assert self._begun is not None
+        since, before = self._begun
+        if self._done == before:
+            since, before = self._started, 0
+        return (time.monotonic() - since) / max(self._done - before, 1) * (self._total - self._done)
 
     @property
     def elapsed(self) -> float:

@@ -24,7 +24,7 @@ from vas.errors import VasError
 from vas.models.value import ValueModelConfig
 from vas.progress import console
 from vas.run.cluster import ray_cluster
-from vas.serving.app import application, deployments
+from vas.serving.app import application, deployments, require_room
 from vas.serving.config import Settled, merged, parse_serving, settle
 from vas.serving.keys import load_keys
 
@@ -46,8 +46,9 @@ def serve_forever(target: str, overrides: list[str], host: str, port: int) -> No
         _check_port(host, port)
         if serving.gate.keys:
             load_keys(serving.gate.keys)
+    app = application(settled)
     with ExitStack() as quiet, ray_cluster(Resources(), spare_cpus=_spare(settled)):
-        _start(settled, target, host, port)
+        _start(app, settled, target, host, port)
         console.print("Ctrl-C stops it.")
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -69,12 +70,13 @@ def deploy(target: str, overrides: list[str], host: str, port: int) -> None:
     Raises VasError as `serve_forever` does.
     """
     settled = settle(parse_serving(_content(target, overrides), target))
-    with ray_cluster(Resources(address=os.environ.get("RAY_ADDRESS", "auto"))):
-        _start(settled, target, host, port)
-
-
-def _start(settled: Settled, target: str, host: str, port: int) -> None:
     app = application(settled)
+    with ray_cluster(Resources(address=os.environ.get("RAY_ADDRESS", "auto"))):
+        _start(app, settled, target, host, port)
+
+
+def _start(app: serve.Application, settled: Settled, target: str, host: str, port: int) -> None:
+    require_room(settled)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options=HTTPOptions(host=host, port=port))
     with console.status("loading the models"):
@@ -148,7 +150,7 @@ def _greet(settled: Settled, host: str, port: int) -> None:
     objectives = [each["name"] for spec in settled.value_models for each in ValueModelConfig.load(spec.path).objectives]
     steers = f"steered by {', '.join(objectives)}" if objectives else "without a value model"
     asked: dict[str, Any] = {"model": settled.name, "messages": [{"role": "user", "content": "How was your day?"}]}
-    asked |= {"max_tokens": 32, "temperature": 0.7}
+    asked["max_tokens"] = 32
     if objectives:
         asked["guidance"] = {"objectives": {objectives[0]: 5}}
     key = " -H 'Authorization: Bearer KEY'" if settled.serving.gate.keys else ""

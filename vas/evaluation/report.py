@@ -48,6 +48,8 @@ class SampleColumn:
     label: str
     tokens: list[SampleToken]
     rewards: dict[str, float]
+    cut: bool = False
+    """Whether it reached max_tokens before it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,7 @@ def _sample(sample: SamplePrompt, places: dict[str, int]) -> dict[str, Any]:
         {
             "label": column.label,
             "tokens": [_token(token) for token in column.tokens],
+            "cut": column.cut,
             "rewards": [(name, number(value, places.get(name, 2))) for name, value in column.rewards.items()],
         }
         for column in sample.columns

@@ -55,4 +55,5 @@ def _column(label: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> SampleC
         SampleToken("⏎" if token in special else detokenizer.push(token), moved - base, base)
         for token, base, moved in zip(row["response_token_ids"], row["logprobs"], guided, strict=True)
     ]
-    return SampleColumn(label, tokens, {name: value for name, value in row["rewards"].items() if value is not None})
+    rewards = {name: value for name, value in row["rewards"].items() if value is not None}
+    return SampleColumn(label, tokens, rewards, cut=row["finish_reason"] == "length")

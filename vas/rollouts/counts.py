@@ -62,7 +62,7 @@ class Summary:
         if self.actors > 1:
             parts.append(f"{self.tokens_per_s / self.actors:.0f} an actor")
         if self.peak_share:
-            parts.append(f"{self.peak_share:.0%} of peak")
+            parts.append(f"MFU {self.peak_share:.0%}")
         if self.errors:
             parts.append(f"{sum(self.errors.values())} errors")
         return ", ".join(parts)

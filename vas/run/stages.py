@@ -25,6 +25,8 @@ from vas.schema import Prompt
 if TYPE_CHECKING:
     from vas.rollouts.ledger import Ledger
 
+LEARNED = 0.02  # of the reward's variance on held-out prompts: with less, a value model knows nothing
+
 
 def check(config: RunConfig) -> None:
     """Find what would stop a run before it starts, but for the prompts. Raises VasError for what cannot be loaded."""
@@ -180,9 +182,22 @@ def _train(run: RunDirectory, number: int) -> None:
         explained = {name: m["explained_variance"] for name, m in metrics["held_out"].items()}
         losses = metrics["losses"]
         about |= {"epoch": metrics["epoch"], "loss": sum(losses) / len(losses), "explained_variance": explained}
+        _warn_of_nothing_learned(explained)
         return "explained variance on held-out prompts: " + ", ".join(f"{n} {v:.2f}" for n, v in explained.items())
 
     _stage(run, _name("train", run, number), body)
+
+
+def _warn_of_nothing_learned(explained: dict[str, float]) -> None:
+    """Guidance by a value model that knows no more than the mean reward moves responses for nothing."""
+    useless = [name for name, share in explained.items() if not share > LEARNED]
+    if useless:
+        console.print(
+            f"[yellow]The value model has hardly learned {' or '.join(useless)}[/yellow]: guidance by it will move "
+            "responses and not their reward. If rewards differ at all (rollouts/round=0.png), more prompts, epochs, "
+            "another train.lr or more value.layers may help.",
+            highlight=False,
+        )
 
 
 def evaluate(run: RunDirectory) -> None:
@@ -303,6 +318,7 @@ def _about(run: RunDirectory) -> dict[str, str]:
         "prompts": f"{prompts['train']} to train on, {prompts['held_out']} held out",
         "rollouts": f"{rows}, {failed} of them failed" + (f", in {len(rounds)} rounds" if len(rounds) > 1 else ""),
         "seed": str(run.config.seed),
+        "value model trained": run.about("train").get("finished", ""),
         "git revision": run.revision,
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
@@ -311,5 +327,5 @@ def _about(run: RunDirectory) -> dict[str, str]:
 def _refuse_empty(rows: int, errors: dict[str, int], where: str) -> None:
     """A stage whose every row failed is no success."""
     if rows and sum(errors.values()) >= rows:
-        kinds = "\n         ".join(f"{count} × {kind}" for kind, count in errors.items())
-        raise VasError("every rollout failed", where, kinds)
+        kinds = "".join(f"\n  - {count} × {kind}" for kind, count in errors.items())
+        raise VasError(f"every rollout failed:{kinds}", where)

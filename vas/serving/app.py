@@ -28,22 +28,33 @@ HEALTH = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0}
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """An application from the keys of `Serving`. Raises VasError for a key, a run or a model that is wrong."""
-    return application(settle(parse_serving(args, "the arguments of the application")))
+    """An application from the keys of `Serving`.
+
+    Raises VasError for a key, a run or a model that is wrong, and for what the cluster can never hold.
+    """
+    settled = settle(parse_serving(args, "the arguments of the application"))
+    app = application(settled)
+    if ray.is_initialized():
+        require_room(settled)
+    return app
+
+
+def require_room(settled: Settled) -> None:
+    """Raise VasError for deployments that the cluster can never hold."""
+    least = [Group(what, keys, kept.min, kept.each) for what, keys, kept in deployments(settled)]
+    require(least, spare={})
 
 
 def application(settled: Settled) -> serve.Application:
     """Gateway, base model, and a deployment for each value model that is not colocated.
 
     Deployed again, it takes the place of its earlier version replica by replica. The gateway's `user_config` alone
-    (presets, limits, keys) may change with no restart. Raises VasError for what the cluster can never hold.
+    (presets, limits, keys) may change with no restart. Needs no cluster. Raises VasError for a model that is not there,
+    and for presets, bounds and guidance that do not fit the objectives.
     """
     serving = settled.serving
     digests = {spec.name: checkpoint_digest(spec.path) for spec in settled.value_models}
-    Served.of(settled, digests).check_gate(serving.gate)  # a mistake shows here, not in a replica's log
-    if ray.is_initialized():
-        least = [Group(what, keys, kept.min, kept.each) for what, keys, kept in deployments(settled)]
-        require(least, spare={})
+    Served.of(settled, digests).check_gate(serving.gate, "gate.")  # a mistake shows here, not in a replica's log
     handles: dict[str, DeploymentHandle] = {}
     for spec in settled.value_models:
         if spec.placement == "deployment":

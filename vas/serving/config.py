@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from vas.choices import SCHEDULE
-from vas.config import Base, Strengths
+from vas.config import Base, RunConfig, Strengths, TokenSampling
 from vas.configfile import Name, Section, merge, validated
 from vas.errors import VasError
 from vas.growth import Amounts
@@ -112,6 +112,8 @@ class Gate(Section):
     """File of API keys, see docs/serving.md; without one, whoever reaches the endpoint may use it."""
     system: str | None = None
     """System message of chats that bring none; a run's own is what its value model was trained with."""
+    sampling: TokenSampling = Field(default_factory=TokenSampling)
+    """How tokens are drawn for requests that do not say; a run's own is what its value model was trained with."""
     guidance: Preset = Field(default_factory=lambda: Preset(objectives={}))
     """Guidance of requests that say nothing of it."""
     on_error: Literal["fail", "unguided"] = "fail"
@@ -119,8 +121,8 @@ class Gate(Section):
 
 
 def merged(first: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a Gate with others over them; of `limits`, what these do not name stays."""
-    return first | merge({"limits": first.get("limits") or {}}, more)
+    """The keys of a Gate with others over them; of `limits` and `sampling`, what these do not name stays."""
+    return first | merge({name: first.get(name) or {} for name in ("limits", "sampling")}, more)
 
 
 class Serving(Section):
@@ -179,8 +181,7 @@ def settle(serving: Serving) -> Settled:
     if serving.run is not None:
         run = RunDirectory.open(serving.run)
         base = base or run.config.base
-        if gate.system is None and "system" not in gate.model_fields_set:
-            gate = gate.model_copy(update={"system": run.config.prompts.system})
+        gate = _as_run(gate, run.config)
         if models is None:
             if not run.done("train"):
                 raise VasError("the run has no finished value model", run.location, f"vas run {run.location}")
@@ -196,6 +197,15 @@ def settle(serving: Serving) -> Settled:
     return Settled(
         name=name, base=base, value_models=models or [], serving=serving.model_copy(update={"gate": gate, "base": base})
     )
+
+
+def _as_run(gate: Gate, config: RunConfig) -> Gate:
+    """A gate whose requests are those of a run, where neither they nor the gate say otherwise."""
+    sampled = {name: getattr(config.rollouts.sampling, name) for name in TokenSampling.model_fields}
+    brought: dict[str, Any] = {"sampling": TokenSampling(**sampled | gate.sampling.model_dump(exclude_unset=True))}
+    if "system" not in gate.model_fields_set:
+        brought["system"] = config.prompts.system
+    return gate.model_copy(update=brought)
 
 
 def parse_serving(content: dict[str, Any], where: str) -> Serving:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from vas.config import TokenSampling
 from vas.decoding.cache import widest
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.errors import VasError, nearest
@@ -83,22 +84,27 @@ class Served:
         """Names that clients may use: the base model, and each preset."""
         return [self.name, *(f"{self.name}:{preset}" for preset in gate.presets)]
 
-    def check_gate(self, gate: Gate) -> None:
-        """Raise VasError for a preset, a default or a bound of no objective, or for guidance that is out of bounds."""
+    def check_gate(self, gate: Gate, within: str = "") -> None:
+        """Raise VasError for a preset, a default or a bound of no objective, or for guidance that is out of bounds.
+
+        within: what the keys begin with where they stand, for errors.
+        """
         presets = {"guidance": gate.guidance} | {f"presets.{name}": each for name, each in gate.presets.items()}
         named = {where: list(preset.objectives) for where, preset in presets.items()}
         for where, names in (named | {"limits.strengths": list(gate.limits.strengths)}).items():
             for name in names:
                 if name not in self.objectives:
-                    raise VasError(f"there is no objective '{name}'", where, nearest(name, list(self.objectives)))
+                    mend = nearest(name, list(self.objectives))
+                    raise VasError(f"there is no objective '{name}'", within + where, mend)
         for where, preset in presets.items():
             for name, strength in preset.objectives.items():
                 if not gate.limits.allows(name, strength):
                     low, high = gate.limits.bounds(name)
-                    mend = "change it, or the bounds: limits.strengths, limits.strength"
-                    raise VasError(f"{name}: {strength:g} is not in [{low:g}, {high:g}]", where, mend)
+                    mend = f"change it, or the bounds: {within}limits.strengths, {within}limits.strength"
+                    raise VasError(f"{name}: {strength:g} is not in [{low:g}, {high:g}]", within + where, mend)
             if (preset.candidates or 0) > gate.limits.candidates:
-                raise VasError(f"more than {gate.limits.candidates} candidates", where, "see limits.candidates")
+                mend = f"see {within}limits.candidates"
+                raise VasError(f"more than {gate.limits.candidates} candidates", within + where, mend)
 
     def preset(self, model: str, gate: Gate) -> Preset:
         """The guidance that a model's name stands for. Raises ApiError (404)."""
@@ -181,7 +187,7 @@ class Served:
         for p, prompt in enumerate(prompts):
             longest = self._longest(body, gate, len(prompt.tokens), default, guidance.rows)
             for i in range(n):
-                sampling = self._sampling(body, longest, seed + p * n + i)
+                sampling = self._sampling(body, gate, longest, seed + p * n + i)
                 name = f"{answer_id}-{p * n + i}"
                 requests.append(Request(name, tuple(prompt.tokens), sampling, guidance, messages=prompt.messages))
         return requests
@@ -200,16 +206,13 @@ class Served:
         return asked
 
     @staticmethod
-    def _sampling(body: SamplingBody, longest: int, seed: int) -> SamplingParams:
-        given: dict[str, Any] = {
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "top_k": None if body.top_k is None else max(0, body.top_k),
-            "min_p": body.min_p,
-        }
+    def _sampling(body: SamplingBody, gate: Gate, longest: int, seed: int) -> SamplingParams:
+        given = {name: getattr(body, name) for name in TokenSampling.model_fields}
+        chosen: dict[str, Any] = gate.sampling.model_dump() | {k: v for k, v in given.items() if v is not None}
+        chosen["top_k"] = max(0, chosen["top_k"])  # to some clients -1 is all
         try:
             return SamplingParams(
-                **{name: value for name, value in given.items() if value is not None},
+                **chosen,
                 max_tokens=longest,
                 stop=tuple(body.stops),
                 seed=seed,

@@ -96,7 +96,7 @@ class _Training:
             self._rows += share.rows
             self._tell(
                 f"epoch {progress.epoch + 1}, loss {loss:.3f}, {figures['tokens_per_s'] * self._workers:.0f} tokens/s, "
-                f"{figures['mfu']:.0%} of the product rate",
+                f"MFU {figures['mfu']:.0%}",
             )
             leaving = not warned and progress.step % WATCH == 0 and ray.train.get_preemption_info() is not None
             warned = warned or leaving
