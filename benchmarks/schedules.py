@@ -156,9 +156,8 @@ def decode(material: Material, way: Way, strength: float, samples: int) -> tuple
     prompts = [prompt for prompt in material.prompts for _ in range(samples)]
     reward_P = material.score(prompts, [each.text for each in done]).reshape(-1, samples).mean(-1)
     guided = sum(each.guided_steps for each in done) / sum(len(each.token_ids) for each in done)
-    return Point(reward_P, float(np.mean([each.kl for each in done])), guided), getattr(
-        engine._stepper.guide, "entropies", []
-    )
+    entropies = getattr(engine._stepper.guide, "entropies", [])
+    return Point(reward_P, float(np.mean([each.kl for each in done])), guided), entropies
 
 
 def median_entropy(material: Material, value: ValueModel, strength: float) -> float:

@@ -3,9 +3,10 @@
     make bench-serving
 
 The same models, requests and CPUs in each case: the endpoint with a colocated value model, in one replica that has the
-CPUs or in a replica for each; and with the value model in a deployment of its own. Before and after each of them
-the bare engine's loop has its turn, in one process without HTTP, for a machine's rate moves by more within minutes than
-what is measured here; a case is compared with the two turns beside it, and of several rounds the median is shown.
+CPUs or in a replica for each; and with the value model in a deployment of its own. The bare engine's loop, in one
+process without HTTP, takes turns with each of them, for a machine's rate moves by more within minutes than what is
+measured here: a turn takes seconds, is compared with the two beside it, and the median of several is shown. So Ray
+idles beside the bare engine; what that takes of the CPUs has a row of its own.
 The base model is the demo's, the value model its first layers with a random head; both kinds of requests, steered
 and not, run in each. Responses have lengths of their own, so that after the first STREAMS of them requests come one
 at a time, while the others are under way: the time to the first token is theirs. Clients are threads of this process
@@ -20,7 +21,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,6 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx2 as httpx
+import psutil
 from ray import serve
 from ray.serve.config import HTTPOptions
 
@@ -164,42 +167,60 @@ def endpoint(folder: str, case: str) -> Any:
             serve.shutdown()
 
 
-Turn = dict[bool, Measured]
-"""What one turn measured, steered and not."""
+def ray_seconds() -> float:
+    """Processor time that Ray's processes, which this one has begun, have taken so far."""
+    seconds = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "multiprocessing" not in " ".join(process.cmdline()):  # else it is the bare engine's
+                seconds += sum(process.cpu_times()[:2])
+    return seconds
 
 
-def turns(
-    rounds: int, cases: Sequence[str], folder: str, setting: Setting, lengths: list[int]
-) -> Iterator[tuple[str, Turn]]:
-    """Each case in its turn, the bare engine before and after each."""
+@dataclass
+class Turn:
+    """What one turn measured, steered and not. idle: share of the CPUs that Ray took, beside the bare engine."""
+
+    case: str
+    measured: dict[bool, Measured]
+    idle: float = 0.0
+
+    def __str__(self) -> str:
+        told = (f"{each.rate:.1f} tokens/s, {each.first_ms:.0f} ms" for each in self.measured.values())
+        return f"{self.case}: base model {', steered '.join(told)}"
+
+
+def turns(rounds: int, cases: Sequence[str], folder: str, setting: Setting, lengths: list[int]) -> Iterator[Turn]:
+    """The bare engine and each case in turn; the bare engine begins and ends."""
     with Apart(Bare) as engine:
 
-        def bare() -> tuple[str, Turn]:
-            return BARE, {guided: engine.call("measure", guided, lengths).result() for guided in (False, True)}
+        def bare() -> Turn:
+            began, before = time.perf_counter(), ray_seconds()
+            found = {guided: engine.call("measure", guided, lengths).result() for guided in (False, True)}
+            return Turn(BARE, found, (ray_seconds() - before) / (time.perf_counter() - began) / THREADS)
 
-        for _ in range(rounds):
-            for case in cases:
+        for case in cases:
+            with endpoint(folder, case):
+                for _ in range(rounds):
+                    yield bare()
+                    yield Turn(case, {guided: served(setting, guided, lengths) for guided in (False, True)})
                 yield bare()
-                with endpoint(folder, case):
-                    measured = {guided: served(setting, guided, lengths) for guided in (False, True)}
-                yield case, measured
-        yield bare()
 
 
-def rows_of(measured: list[tuple[str, Turn]], guided: bool) -> Iterator[Row]:
+def rows_of(turns: list[Turn], guided: bool) -> Iterator[Row]:
     """Medians over the turns of each case, and of its ratios to the bare engine's turns before and after it."""
     kind = "steered" if guided else "base model"
     ratios: dict[str, float] = {}
-    cases = [case for case in CASES if any(name == case for name, _ in measured)]
+    cases = [case for case in CASES if any(turn.case == case for turn in turns)]
     for case in (BARE, *cases):
-        own = [turn[guided] for name, turn in measured if name == case]
+        own = [turn.measured[guided] for turn in turns if turn.case == case]
         yield Row(f"{case}, {kind}", "throughput", median(each.rate for each in own), "tokens/s")
         yield Row(f"{case}, {kind}", "time to first token, median", median(each.first_ms for each in own), "ms")
     for case in cases:
         beside = [
-            (before[guided], turn[guided], after[guided])
-            for (_, before), (name, turn), (_, after) in zip(measured, measured[1:], measured[2:], strict=False)
-            if name == case
+            tuple(turn.measured[guided] for turn in three)
+            for three in zip(turns, turns[1:], turns[2:], strict=False)
+            if three[1].case == case
         ]
         ratios[case] = median(2 * own.rate / (before.rate + after.rate) for before, own, after in beside)
         later = median(own.first_ms - (before.first_ms + after.first_ms) / 2 for before, own, after in beside)
@@ -214,9 +235,9 @@ def rows_of(measured: list[tuple[str, Turn]], guided: bool) -> Iterator[Row]:
 def main() -> None:
     """Run the cases and show them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="how often each case has its turn")
+    parser.add_argument("--rounds", type=int, default=4, help="how often each case has its turn")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=48, help="in a turn, of each kind")
     parser.add_argument("--lengths", nargs=2, type=int, default=(16, 48), metavar=("LEAST", "MOST"), help="in tokens")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
@@ -224,14 +245,15 @@ def main() -> None:
         parser.error(f"--requests: more than {STREAMS}; --lengths: the least first")
     lengths = spread(arguments.requests, *arguments.lengths)
     setting = Setting.load(MODEL, LAYERS, None, "auto")
-    measured: list[tuple[str, Turn]] = []
+    done: list[Turn] = []
     with TemporaryDirectory() as folder:
         setting.value.save(folder, setting.base.tokenizer, "# A random one")
-        for case, turn in turns(arguments.rounds, arguments.cases, folder, setting, lengths):
-            measured.append((case, turn))
-            told = (f"{each.rate:.1f} tokens/s, {each.first_ms:.0f} ms" for each in turn.values())
-            console.print(f"{case}: base model {', steered '.join(told)}")
-    rows = [row for guided in (False, True) for row in rows_of(measured, guided)]
+        for turn in turns(arguments.rounds, arguments.cases, folder, setting, lengths):
+            done.append(turn)
+            console.print(str(turn), highlight=False)
+    rows = [row for guided in (False, True) for row in rows_of(done, guided)]
+    idle = median(turn.idle for turn in done if turn.case == BARE)
+    rows.append(Row("Ray, idle beside the bare engine", "share of the CPUs", idle, ""))
     tokens = f"{min(lengths)} to {max(lengths)} tokens"
     show(rows, f"{STREAMS} streams, {len(lengths)} responses of {tokens}, {THREADS} CPUs")
     write(rows, arguments.json)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import ray
 import yaml
 from command import message, tiny_content, tiny_run, vas
 from tiny import tiny_value
@@ -17,7 +18,7 @@ from vas.config import load_config
 from vas.errors import VasError
 from vas.rewards import load_rewards
 from vas.run.directory import RunDirectory
-from vas.run.stages import _check_rewards, prepare
+from vas.run.stages import _check_rewards, _warn_of_nothing_learned, prepare
 from vas.serving.keys import load_keys
 
 REWARDS = '''
@@ -231,6 +232,13 @@ def test_an_endpoint_with_a_keys_file_that_is_not_there(trained):
         serve_forever(trained.location, ["gate.keys=nokeys.yaml"], "127.0.0.1", 0)
 
 
+def test_an_endpoint_with_a_preset_of_no_objective(trained):
+    preset = "gate.presets.kind={objectives: {positiv: 2}}"
+    with pytest.raises(VasError, match=r"no objective 'positiv'\n  where: gate.presets.kind\n.*'positive'"):
+        serve_forever(trained.location, [preset], "127.0.0.1", 0)
+    assert not ray.is_initialized()
+
+
 def test_an_endpoint_of_the_config_of_a_run(trained, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(trained.config.yaml())
@@ -244,6 +252,10 @@ def test_an_endpoint_of_the_config_of_a_run(trained, tmp_path):
         (
             "Traceback:\n  File x\nvas.errors.VasError: what\n  where: here\n  mend:  so\n",
             "what, where: here, mend:  so",
+        ),
+        (
+            "Traceback:\nvas.errors.VasError: 2 mistakes:\n  - a: no\n  - b: no\n  where: here\n",
+            "2 mistakes: a: no, b: no, where: here",
         ),
         ("ValueError: one\n\nThe cause\nray.exceptions.RayError: two\nmore", "ray.exceptions.RayError: two"),
         ("no replica\nwas placed", "was placed"),
@@ -275,3 +287,10 @@ def trained(tmp_path_factory):
     before = contents(run.location)
     yield run
     assert contents(run.location) == before
+
+
+def test_a_value_model_that_has_learned_nothing_is_told(capsys):
+    _warn_of_nothing_learned({"positive": 0.4})
+    assert capsys.readouterr().err == ""
+    _warn_of_nothing_learned({"positive": 0.4, "brief": -0.1, "formal": float("nan")})
+    assert "hardly learned brief or formal:" in capsys.readouterr().err

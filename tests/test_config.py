@@ -110,6 +110,7 @@ def test_a_required_key_is_named():
         "rewards={}",
         "rollouts.samples_per_prompt=none",
         "rollouts.sampling.top_p=0",
+        "rollouts.sampling.temperature=0.0005",
         "rollouts.sampling.stop=word",
         "value.head=linear",
         "train.lr=0",

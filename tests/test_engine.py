@@ -1,7 +1,9 @@
 """The engine without guidance is `generate`; requests come, go and fail without touching each other."""
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -255,3 +257,16 @@ def test_two_value_models_may_not_bring_the_same_objective():
     models = [tiny_value("llama", ("a", "b")), tiny_value("gpt2", ("b",))]
     with pytest.raises(VasError, match="'b'"):
         Engine(tiny_base("llama"), scorers_of(models))
+
+
+def test_an_engine_that_is_gone_frees_its_memory_at_once():
+    _, _, engine = guided_setup("llama")
+    engine.generate([request("0", prompts(9)[0], ONE)])
+    gc.collect()
+    gc.disable()
+    try:
+        gone = [weakref.ref(each) for each in (engine, engine._runner.cache, engine._scorers[0]._runner.cache)]
+        del engine
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()

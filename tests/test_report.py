@@ -233,6 +233,8 @@ def test_tokens_are_shaded_by_how_far_guidance_moved_them():
     assert '<span title="log-prob −1.00 → −1.00 (+0.00)">\n same</span><span class="down"' in text
     assert "--shade:0.75" in text  # as strong as it gets
     assert "positive <b>0.51</b>" in text
+    assert "cut after" not in text
+    assert "cut after 3 tokens" in page(samples=[SamplePrompt("p", [SampleColumn("base", tokens, {}, cut=True)])])
 
 
 def test_numbers():

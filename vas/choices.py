@@ -7,4 +7,6 @@ Stage = Literal["rollouts", "train", "evaluate", "all"]
 
 Linears = Literal["exact", "bfloat16", "int8", "fastest"]
 
+LEAST_TEMPERATURE = 1e-3  # but for 0, which is greedy
+
 SCHEDULE = r"token|entropy:\d+(\.\d+)?|block:[1-9]\d*"

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from vas.choices import SCHEDULE, Linears
+from vas.choices import LEAST_TEMPERATURE, SCHEDULE, Linears
 from vas.configfile import Name, Section, read_config, validated
 from vas.errors import nearest
 
@@ -99,6 +99,13 @@ class TokenSampling(Section):
     """0 keeps every token."""
     min_p: float = Field(0.0, ge=0, lt=1)
     """Drop tokens below this share of the likeliest one's probability."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_tiny(cls, temperature: float) -> float:
+        if 0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"give 0 for greedy, or at least {LEAST_TEMPERATURE:g}")
+        return temperature
 
 
 class Sampling(TokenSampling):

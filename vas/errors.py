@@ -6,7 +6,7 @@ from collections.abc import Iterator
 class VasError(Exception):
     """A mistake or obstacle that the user can mend.
 
-    what: one sentence that says what is wrong.
+    what: one sentence that says what is wrong, or a line that introduces a list of mistakes.
     where: the file, key, row or URI concerned.
     mend: what to do about it.
     """

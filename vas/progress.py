@@ -31,7 +31,7 @@ class Tracker:
         self._done = 0
         self._started = self._spoke = time.monotonic()
         self._begun: tuple[float, int] | None = None
-        """When the first were done, and how many: what came before was starting up."""
+        """When the first were done, or work began again, and how many: what came before was starting up."""
         self._bar = (
             Progress(
                 TextColumn("{task.description:<12}"),
@@ -55,9 +55,10 @@ class Tracker:
         return self
 
     def advance(self, count: int, note: str = "") -> None:
-        """`count` more are done; `note` says how it goes."""
+        """`count` more are done, or less than none where work has to be done again; `note` says how it goes."""
         self._done += count
-        self._begun = self._begun or (time.monotonic(), count)
+        if self._begun is None or count < 0:
+            self._begun = time.monotonic(), self._done
         if self._bar is not None:
             self._bar.update(self._task, advance=count, note=note)
         elif time.monotonic() - self._spoke > _LINE_EVERY_S or self._done >= self._total:

@@ -134,7 +134,7 @@ def _last(message: str) -> str:
     *errors, last = re.split(r"^(?=[\w.]+Error: )", message, flags=re.MULTILINE)
     ours = last.removeprefix("vas.errors.VasError: ")
     if ours != last:
-        return ", ".join(line.strip() for line in ours.splitlines())
+        return ", ".join(line.strip().removeprefix("- ") for line in ours.splitlines()).replace(":, ", ": ")
     return last.splitlines()[0 if errors else -1]
 
 

@@ -79,12 +79,11 @@ class Engine:
             base.eos_token_ids,
             prefill_tokens,
             self.clock,
-            self._fail,
         )
         self._added = 0
         self.interrupted: tuple[str, ...] = ()
         """Requests that were running when a step failed last; they wait again, the oldest first."""
-        self.failed: dict[str, Exception] = {}
+        self.failed = self._stepper.failed
         """Requests that ended without a completion, and why: VasError, or Rejected for what would end any other, too.
         Only calls of a server fail like this. Whoever reads it empties it."""
         self._completions: dict[str, Completion] = {}
@@ -225,6 +224,8 @@ class Engine:
         """
         try:
             for tokens in self._stepper.parts():
+                for request_id in self.failed.keys() & self._completions.keys():
+                    del self._completions[request_id]
                 for token in tokens:
                     if token.request_id in self._streams:
                         self._streams[token.request_id].append(token)
@@ -235,11 +236,6 @@ class Engine:
             for sequence in reversed(trunks):
                 self._stepper.send_back(sequence)
             raise
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """A request has ended without a completion."""
-        del self._completions[sequence.request.request_id]
-        self.failed[sequence.request.request_id] = error
 
 
 def _told(error: Exception) -> Exception:

@@ -10,7 +10,7 @@ from numbers import Integral
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from vas.choices import SCHEDULE
+from vas.choices import LEAST_TEMPERATURE, SCHEDULE
 from vas.decoding.detokenizer import Detokenizer
 from vas.errors import VasError
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MOST_LOGPROBS = 100
 MOST_NATS = 1e4  # of a strength or a bias; far beyond what changes a distribution, far from overflow
-LEAST_TEMPERATURE = 1e-3
 
 
 def _whole(number: object) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 
 import torch
@@ -22,8 +22,7 @@ from vas.decoding.sequence import Drawn, Score, Sequence, Token
 class Stepper:
     """Appends a token to every sequence that is ready.
 
-    prefill_tokens: how many tokens of prompts are read at a step. fail: told of sequences that end without a
-    completion, and why; they hold nothing any more.
+    prefill_tokens: how many tokens of prompts are read at a step.
     """
 
     def __init__(
@@ -35,13 +34,14 @@ class Stepper:
         eos_token_ids: Many[int],
         prefill_tokens: int,
         clock: Clock,
-        fail: Callable[[Sequence, Exception], None],
     ) -> None:
         self._runner, self.guide, self._scheduler, self._prefixes = runner, guide, scheduler, prefixes
         self._eos_token_ids, self._prefill_tokens = eos_token_ids, prefill_tokens
-        self._clock, self._fail = clock, fail
+        self._clock = clock
         self._early = not switches.off("first_tokens")
         self.preempted = 0
+        self.failed: dict[str, Exception] = {}
+        """Requests that have ended without a completion, and why: see `Engine.failed`."""
 
     @torch.inference_mode()
     def parts(self) -> Iterator[list[Token]]:
@@ -72,7 +72,7 @@ class Stepper:
             # no model runs from here on: a part that fails has taken in no token
             for sequence, error in arrival.failed:
                 self.leave(sequence)
-                self._fail(sequence, error)
+                self.failed[sequence.request.request_id] = error
             tokens = self._take_drawn(drawn)
             tokens += [token for each in chosen for token in self._finish_block(*each)]
         yield tokens

@@ -49,8 +49,8 @@ def application(settled: Settled) -> serve.Application:
     """Gateway, base model, and a deployment for each value model that is not colocated.
 
     Deployed again, it takes the place of its earlier version replica by replica. The gateway's `user_config` alone
-    (presets, limits, keys) may change with no restart. Needs no cluster. Raises VasError for a model that is not there,
-    and for presets, bounds and guidance that do not fit the objectives.
+    (presets, limits, sampling, keys) may change with no restart. Needs no cluster. Raises VasError for a model that is
+    not there, and for presets, bounds and guidance that do not fit the objectives.
     """
     serving = settled.serving
     digests = {spec.name: checkpoint_digest(spec.path) for spec in settled.value_models}

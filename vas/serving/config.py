@@ -127,7 +127,7 @@ def merged(first: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 class Serving(Section):
     run: str | None = None
-    """Directory of a trained run: its base model, value model and system message are the defaults."""
+    """Directory of a trained run: its base model, value model, system message and sampling are the defaults."""
     name: Name | None = None
     """The model's name to clients; default the last part of the base model's."""
     base: Base | None = None

@@ -112,7 +112,7 @@ class Gateway:
         self._take_over({})
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take over new presets, limits and keys; what is not named stays as the application's arguments say.
+        """Take over new presets, limits, sampling and keys; what is not named stays as the application's arguments say.
 
         A gateway that is up keeps those that it has, and says so in its log, where there is something wrong with the
         new ones: Serve would end it. One that starts raises VasError. The keys file is read again.

@@ -70,6 +70,7 @@ class SamplingBody(_Body):
     model: str = Field(max_length=512)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    """The default, as that of `top_p`, `top_k` and `min_p`, is how the value models' rollouts were drawn."""
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1, le=2**31)
     """0 or -1: all tokens."""
