@@ -235,7 +235,7 @@ def rows_of(turns: list[Turn], guided: bool) -> Iterator[Row]:
 def main() -> None:
     """Run the cases and show them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4, help="how often each case has its turn")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each case has its turn")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--requests", type=int, default=48, help="in a turn, of each kind")
     parser.add_argument("--lengths", nargs=2, type=int, default=(16, 48), metavar=("LEAST", "MOST"), help="in tokens")

@@ -226,15 +226,26 @@ def test_requests_that_have_no_room_wait_although_they_come_midway():
     assert rows_in_use(engine) == [0, 0, 0]
 
 
-def test_a_step_has_parts_only_where_a_value_model_is_waited_for():
+def test_tokens_that_need_no_value_model_come_before_the_others():
     _, _, engine = guided_setup("llama", ending=())
     engine.add(request("plain", prompts(9)[0], max_tokens=3))
-    assert [len(part) for part in engine.parts()] == [1]
+    assert [len(part) for part in engine.parts()] == [0, 1, 0]
     engine.add(request("steered", prompts(9)[0], ONE, max_tokens=3))
     parts = [[token.request_id for token in part] for part in engine.parts()]
     assert parts == [[], ["plain", "steered"], []], "a first token, and one that needs no value model"
     parts = [[token.request_id for token in part] for part in engine.parts()]
     assert parts == [[], ["plain"], ["steered"]]
+
+
+def test_without_guidance_too_requests_that_come_midway_begin_in_the_same_step():
+    _, _, engine = guided_setup("llama", ending=())
+    requests = [request(str(i), p, seed=i) for i, p in enumerate(prompts(9, 30, 12))]
+    engine.add(requests[0])
+    engine.step()
+    assert [token.request_id for part in step_and_add(engine, requests[1:]) for token in part] == ["0", "1", "2"]
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
 
 
 def test_first_tokens_do_not_wait_for_the_values_of_others(monkeypatch):

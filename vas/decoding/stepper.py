@@ -58,7 +58,7 @@ class Stepper:
                 arrival = self._runner.arrived(ready)
                 ahead = arrival.ahead
                 drawable = Drawable(ahead, self._runner.logits(ahead)) if ahead else None
-        if drawable and self._scheduler.joint and any(sequence.steered for sequence in ahead):
+        if drawable and self._scheduler.joint:
             yield []  # requests may come
             with self._clock.part("overhead"):
                 first, drawable = self._join(drawable, left).split(self._goes_first)
@@ -123,7 +123,7 @@ class Stepper:
         return sequence.fresh and all(isinstance(each, InProcess) for each in self.guide.scorers_of(sequence.request))
 
     def _join(self, drawable: Drawable, budget: int) -> Drawable:
-        """Sequences that came while the base model ran for these go on with them, before value models run.
+        """Sequences that came while the base model ran for these go on with them, instead of waiting for the next step.
 
         Only with short prompts, within a budget of tokens, for they have a pass of the base model's to themselves.
         """
