@@ -27,7 +27,6 @@ WORKER_ENVIRONMENT = {
 LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second takes 4 % of a core from the engine
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # again ten times a second, 1 % of a core
     # Without a dashboard nobody reads the figures of processes, and we show no worker's log: 2 % of a core
