@@ -207,19 +207,19 @@ def turns(rounds: int, cases: Sequence[str], folder: str, setting: Setting, leng
                 yield bare()
 
 
-def rows_of(turns: list[Turn], guided: bool) -> Iterator[Row]:
+def rows_of(done: list[Turn], guided: bool) -> Iterator[Row]:
     """Medians over the turns of each case, and of its ratios to the bare engine's turns before and after it."""
     kind = "steered" if guided else "base model"
     ratios: dict[str, float] = {}
-    cases = [case for case in CASES if any(turn.case == case for turn in turns)]
+    cases = [case for case in CASES if any(turn.case == case for turn in done)]
     for case in (BARE, *cases):
-        own = [turn.measured[guided] for turn in turns if turn.case == case]
+        own = [turn.measured[guided] for turn in done if turn.case == case]
         yield Row(f"{case}, {kind}", "throughput", median(each.rate for each in own), "tokens/s")
         yield Row(f"{case}, {kind}", "time to first token, median", median(each.first_ms for each in own), "ms")
     for case in cases:
         beside = [
             tuple(turn.measured[guided] for turn in three)
-            for three in zip(turns, turns[1:], turns[2:], strict=False)
+            for three in zip(done, done[1:], done[2:], strict=False)
             if three[1].case == case
         ]
         ratios[case] = median(2 * own.rate / (before.rate + after.rate) for before, own, after in beside)

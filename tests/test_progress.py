@@ -8,7 +8,7 @@ from vas.progress import Tracker
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that a test sets; the console's lines go to `said`."""
+    """Seconds that a test sets."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

@@ -89,22 +89,22 @@ class Served:
 
         within: what the keys begin with where they stand, for errors.
         """
-        presets = {"guidance": gate.guidance} | {f"presets.{name}": each for name, each in gate.presets.items()}
+        presets = {f"{within}presets.{name}": each for name, each in gate.presets.items()}
+        presets = {f"{within}guidance": gate.guidance} | presets
         named = {where: list(preset.objectives) for where, preset in presets.items()}
-        for where, names in (named | {"limits.strengths": list(gate.limits.strengths)}).items():
+        for where, names in (named | {f"{within}limits.strengths": list(gate.limits.strengths)}).items():
             for name in names:
                 if name not in self.objectives:
-                    mend = nearest(name, list(self.objectives))
-                    raise VasError(f"there is no objective '{name}'", within + where, mend)
+                    raise VasError(f"there is no objective '{name}'", where, nearest(name, list(self.objectives)))
         for where, preset in presets.items():
             for name, strength in preset.objectives.items():
                 if not gate.limits.allows(name, strength):
                     low, high = gate.limits.bounds(name)
                     mend = f"change it, or the bounds: {within}limits.strengths, {within}limits.strength"
-                    raise VasError(f"{name}: {strength:g} is not in [{low:g}, {high:g}]", within + where, mend)
+                    raise VasError(f"{name}: {strength:g} is not in [{low:g}, {high:g}]", where, mend)
             if (preset.candidates or 0) > gate.limits.candidates:
                 mend = f"see {within}limits.candidates"
-                raise VasError(f"more than {gate.limits.candidates} candidates", within + where, mend)
+                raise VasError(f"more than {gate.limits.candidates} candidates", where, mend)
 
     def preset(self, model: str, gate: Gate) -> Preset:
         """The guidance that a model's name stands for. Raises ApiError (404)."""
