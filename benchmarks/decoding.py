@@ -41,7 +41,7 @@ from benchmarks.setting import (
 from vas.decoding.cache import COLUMNS
 from vas.decoding.engine import Engine
 from vas.decoding.linears import settle
-from vas.decoding.sequence import Request, SamplingParams
+from vas.decoding.sequence import Completion, Request, SamplingParams
 
 NEW_TOKENS = 32
 MASS = 0.9  # of adaptive k
@@ -269,17 +269,30 @@ def memory(setting: Setting, many: int) -> list[Row]:
         planned += HELD * 8 * kv_bytes_per_token(value)
     sample = range(0, many, max(1, many // 25))
     alone = setting.engine(setting.value, 1)
-    found = {each.request_id: each.token_ids for each in done}
-    same = [alone.generate([requests[i]])[0].token_ids == found[str(i)] for i in sample]
+    found = {each.request_id: each for each in done}
+    compared = [_compared(found[str(i)], alone.generate([requests[i]])[0]) for i in sample]
+    same, apart = zip(*compared, strict=True)
     case = f"{many:,} requests, cache of {HELD}"
     return [
         Row(f"{case}: finished", "share", len(done) / many, "", "== 1"),
         Row(f"{case}: of {len(same)}, as decoded alone", "share", float(np.mean(same)), "", "== 1"),
+        Row(f"{case}: log-probs / decoded alone", "most apart", max(apart), "nats"),
         Row(f"{case}: KV held at most / planned", "ratio", most / planned, "x", "<= 1.05"),
         Row(f"{case}: planned / KV held at most", "ratio", planned / most, "x", "<= 1.05"),
         Row(f"{case}: sent back to wait", "count", engine.preempted, ""),
         Row(f"{case}: process at the end / after a fifth", "ratio", _resident() / early, "x", "<= 1.05"),
     ]
+
+
+def _compared(one: Completion, other: Completion) -> tuple[bool, float]:
+    """Whether tokens are the same, and how far log-probs are apart at most, to where tokens part.
+
+    Tokens of log-probs that are apart by rounding part at a near tie alone.
+    """
+    pairs = list(zip(one.token_ids, other.token_ids, strict=True))
+    end = next((place for place, (mine, its) in enumerate(pairs) if mine != its), len(pairs))
+    mine, its = (np.array([*each.logprobs[:end], *each.guided_logprobs[:end]]) for each in (one, other))
+    return end == len(pairs), float(np.abs(mine - its).max(initial=0))
 
 
 def _resident() -> float:

@@ -29,6 +29,7 @@ from vas.models.value import ValueModel, ValueModelConfig
 PROMPTS = Path(__file__).parent.parent / "vas" / "data" / "demo_prompts.jsonl"
 MODEL = "bundled:smollm2-135m-instruct"
 CANDIDATES, STRENGTH = 20, 2.0
+SEED = 0  # of random weights: each run decodes the same tokens
 OBJECTIVE = {"name": "any", "mean": 0.0, "std": 1.0, "low": -3.0, "high": 3.0, "reward_version": "random"}
 SHAPES = {
     "llama-8b": {
@@ -59,6 +60,7 @@ class Setting:
     @classmethod
     def load(cls, model: str, layers: int, device: str | None, dtype: str) -> Setting:
         """Load the base and make the value model of its first layers."""
+        torch.manual_seed(SEED)
         spec: Any = SimpleNamespace(
             model=model, tokenizer_id=model, dtype=dtype, revision=None
         )  # as vas.config.Base, without pydantic
@@ -70,6 +72,7 @@ class Setting:
     @classmethod
     def random(cls, shape: str, layers: int, device: str, dtype: str) -> Setting:
         """Random weights in one of `SHAPES`, made where they are used: only the times of such models mean anything."""
+        torch.manual_seed(SEED)
         config, kind = LlamaConfig(**SHAPES[shape]), torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
         tokenizer = load_tokenizer(MODEL)
         torch.set_default_dtype(kind)

@@ -13,6 +13,7 @@ from tiny import tiny_base, tiny_value
 
 from vas.decoding import attention
 from vas.decoding.attention import alike
+from vas.decoding.base_runner import LocalRunner
 from vas.decoding.engine import Engine
 from vas.decoding.loop import Loop
 from vas.decoding.runner import ModelRunner
@@ -22,7 +23,8 @@ def counting(engine: Engine, monkeypatch) -> list[int]:
     """The tokens of each pass of the base model from now on."""
     ran = []
     forward = engine._runner._forward
-    monkeypatch.setattr(engine._runner, "_forward", lambda ids, *rest: ran.append(len(ids)) or forward(ids, *rest))
+    start = forward.start
+    monkeypatch.setattr(forward, "start", lambda ids, *rest: ran.append(len(ids)) or start(ids, *rest))
     return ran
 
 
@@ -34,13 +36,22 @@ def alone(asked) -> list[int]:
     return engine.generate([asked])[0].token_ids
 
 
-def step_and_add(engine: Engine, requests: list) -> list[list]:
-    """A step in the middle of which requests come; its parts."""
+LAYERS = 3
+"""Of the base model."""
+
+
+def step_and_add(engine: Engine, requests: list, after: int = LAYERS) -> list[list]:
+    """A step in the middle of which requests come, after so many layers of the base model; its parts with tokens."""
     parts = engine.parts()
-    assert next(parts) == [], "the base model has run"
+    assert [next(parts) for _ in range(after)] == [[]] * after
     for each in requests:
         engine.add(each)
-    return list(parts)
+    return [part for part in parts if part]
+
+
+def told(engine: Engine) -> list[list[str]]:
+    """Whose tokens each part of a step brings, of those that bring any."""
+    return [[token.request_id for token in part] for part in engine.parts() if part]
 
 
 # --- the pass ----------------------------------------------------------------------------------
@@ -211,6 +222,87 @@ def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_sam
     assert rows_in_use(engine) == [0, 0, 0]
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_who_boards_a_pass_between_two_layers_has_the_logits_of_a_pass_of_its_own(first):
+    """Some board after each layer from the first, and the cache grows under those that are on their way."""
+    own, others = LocalRunner(tiny_base("llama").model), LocalRunner(tiny_base("llama").model)
+    texts = prompts(60, 3, 70, 1, 9)
+    for runner in (own, others):
+        runner.cache.add("before")
+        runner.extend(["before"], prompts(2, seed=3))
+    alone_BV = torch.cat([own.extend([i], [text], logits=True, last=True) for i, text in enumerate_rows(own, texts)])
+    rows = enumerate_rows(others, texts)
+    flight = others.appending(*zip(*[next(rows), next(rows)], strict=True))
+    for passed, _ in enumerate(flight):
+        if passed >= first and (boarding := next(rows, None)):
+            flight.board([boarding[0]], [boarding[1]])
+    logits_BV = flight.logits()
+    assert len(logits_BV) == 5 - first
+    assert torch.allclose(logits_BV, alone_BV[: len(logits_BV)], atol=1e-5)
+    assert others.cache.grown > 2
+    for i in range(len(logits_BV)):  # what they have left in the cache is as good
+        both = [runner.extend([i], [(5,)], logits=True) for runner in (own, others)]
+        assert torch.allclose(*both, atol=1e-5)
+
+
+def enumerate_rows(runner, texts):
+    """Sequences with a row of the cache, as they come."""
+    for i, text in enumerate(texts):
+        runner.cache.add(i)
+        yield i, text
+
+
+@pytest.mark.parametrize("after", range(1, LAYERS + 1))
+def test_a_request_may_come_after_any_layer_of_the_base_model(after, monkeypatch):
+    _, _, engine = guided_setup("llama", ending=())
+    ran = counting(engine, monkeypatch)
+    requests = [request(str(i), p, BOTH if i % 2 else {}, seed=i) for i, p in enumerate(prompts(9, 30, 12))]
+    requests += [request("shares", (*requests[0].prompt_token_ids[:7], 4, 2), BOTH, seed=8)]
+    engine.add(requests[0])
+    engine.step()
+    del ran[:]
+    begun = [token.request_id for part in step_and_add(engine, requests[1:], after) for token in part]
+    assert sorted(begun) == ["0", "1", "2", "shares"]
+    assert len(ran) == 2, "what joins catches up together"
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
+def test_requests_come_after_one_layer_and_another_within_a_budget(monkeypatch):
+    base, models, _ = guided_setup("llama", ending=())
+    engine = Engine(base, scorers_of(models), prefill_tokens=40)
+    requests = [request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30, 8, 12, 5))]
+    engine.add(requests[0])
+    engine.step()
+    parts, begun = engine.parts(), []
+    for late in requests[1:4]:
+        begun += next(parts)
+        engine.add(late)
+    begun += [token for part in parts for token in part]
+    assert sorted(token.request_id for token in begun) == ["0", "1", "2"], "the third's tokens are too many"
+    engine.add(requests[4])
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
+
+
+def test_switched_off_requests_that_come_midway_have_passes_of_their_own(monkeypatch):
+    monkeypatch.setenv("VAS_OFF", "boarding")
+    _, _, engine = guided_setup("llama", ending=())
+    ran = counting(engine, monkeypatch)
+    requests = [request(str(i), p, seed=i) for i, p in enumerate(prompts(9, 30))]
+    engine.add(requests[0])
+    assert [len(part) for part in engine.parts()] == [0, 1, 0]
+    assert [token.request_id for part in step_and_add(engine, requests[1:], 1) for token in part] == ["0", "1"]
+    assert ran == [9, 1, 30]
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
+
+
 def test_requests_that_have_no_room_wait_although_they_come_midway():
     base, models, _ = guided_setup("llama", ending=())
     requests = [request(str(i), p, BOTH, seed=20 + i, max_tokens=50) for i, p in enumerate(prompts(20, 21, 22, 23))]
@@ -229,12 +321,10 @@ def test_requests_that_have_no_room_wait_although_they_come_midway():
 def test_tokens_that_need_no_value_model_come_before_the_others():
     _, _, engine = guided_setup("llama", ending=())
     engine.add(request("plain", prompts(9)[0], max_tokens=3))
-    assert [len(part) for part in engine.parts()] == [0, 1, 0]
+    assert [len(part) for part in engine.parts()] == [0] * LAYERS + [1, 0]
     engine.add(request("steered", prompts(9)[0], ONE, max_tokens=3))
-    parts = [[token.request_id for token in part] for part in engine.parts()]
-    assert parts == [[], ["plain", "steered"], []], "a first token, and one that needs no value model"
-    parts = [[token.request_id for token in part] for part in engine.parts()]
-    assert parts == [[], ["plain"], ["steered"]]
+    assert told(engine) == [["plain", "steered"]], "a first token, and one that needs no value model"
+    assert told(engine) == [["plain"], ["steered"]]
 
 
 def test_without_guidance_too_requests_that_come_midway_begin_in_the_same_step():
@@ -262,8 +352,7 @@ def test_first_tokens_do_not_wait_for_the_values_of_others(monkeypatch):
     scorer = engine._scorers[0]
     score = scorer.score
     monkeypatch.setattr(scorer, "score", lambda batch: asked.append(len(batch.rows)) or score(batch))
-    parts = [[token.request_id for token in part] for part in engine.parts()]
-    assert [sorted(part) for part in parts] == [[], ["2", "3", "plain", "short"], ["0", "1"]]
+    assert [sorted(part) for part in told(engine)] == [["2", "3", "plain", "short"], ["0", "1"]]
     assert asked == [3, 2]
     done = {"short": engine.take("short")} | drain(engine)
     for each in requests:
@@ -276,7 +365,7 @@ def test_switched_off_first_tokens_come_with_the_others(monkeypatch):
     engine.add(request("0", prompts(9)[0], ONE))
     engine.step()
     engine.add(request("plain", prompts(12)[0]))
-    assert [[token.request_id for token in part] for part in engine.parts()] == [[], [], ["0", "plain"]]
+    assert told(engine) == [["0", "plain"]]
 
 
 def test_a_step_that_fails_after_a_request_has_joined_midway_loses_neither():
@@ -305,8 +394,7 @@ def test_a_step_that_fails_after_first_tokens_keeps_them(monkeypatch):
     engine.step()
     engine.add(second)
     parts = engine.parts()
-    assert next(parts) == []
-    [begun] = next(parts)
+    [begun] = next(filter(None, parts))
     monkeypatch.setattr(engine._stepper.guide, "values", lambda *_: torch.empty(-1))
     with pytest.raises(RuntimeError):
         next(parts)
@@ -343,7 +431,7 @@ def test_a_loop_tells_each_token_once_though_steps_fail_after_first_tokens():
 
 
 def test_each_response_is_charged_its_share_of_the_parts_that_it_was_in(monkeypatch):
-    """Each part takes a second here: the base model's is everybody's, the others are theirs whose tokens they bring."""
+    """Each part takes a second here: a layer's is everybody's, the others are theirs whose tokens they bring."""
     base, models, _ = guided_setup("llama", ending=())
     ticks = itertools.count()
     monkeypatch.setattr("vas.decoding.loop.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
@@ -354,10 +442,10 @@ def test_each_response_is_charged_its_share_of_the_parts_that_it_was_in(monkeypa
     futures = [loop.submit(each) for each in (*asked, request("plain", prompts(5)[0], max_tokens=4))]
     ready.set()
     one, other, plain = (future.result(60).seconds for future in futures)
-    common, first = 5 / 3, 1 / 3  # the first step, in which all begin, has a last part without a token
-    assert (one, other) == pytest.approx((common + first + 3 / 2,) * 2, abs=0.3)
-    assert plain == pytest.approx(common + first + 3, abs=0.3)
-    assert one + other + plain == pytest.approx(12)
+    common, first = (4 * LAYERS + 1) / 3, 1 / 3  # the first step, in which all begin, has a last part without a token
+    assert (one, other) == pytest.approx((common + first + 3 / 2,) * 2, rel=0.1)
+    assert plain == pytest.approx(common + first + 3, rel=0.1)
+    assert one + other + plain == pytest.approx(4 * (LAYERS + 2))
 
 
 def test_the_loop_takes_requests_midway_and_leaves_the_rest_for_after_the_step():

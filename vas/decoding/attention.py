@@ -155,6 +155,11 @@ class Grids:
         return torch.cat([where.attend(layer, own, pairs, scale, window, cap) for where, own, pairs in parts])
 
 
+def joined(passes: Sequence[Pass]) -> Pass | Grids:
+    """Passes as one."""
+    return passes[0] if len(passes) == 1 else Grids(passes)
+
+
 def alike(tokens: np.ndarray, reach: np.ndarray, among: slice) -> list[slice]:
     """Spans of neighbours among a pass's sequences, so alike in numbers of tokens that they attend in one padded grid.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vas.decoding import switches
 from vas.decoding.blocks import Block
+from vas.decoding.flight import Flight
 from vas.decoding.runner import ModelRunner
 from vas.decoding.scorer import LAG
 from vas.decoding.sequence import Drawn, SamplingParams
@@ -39,9 +40,9 @@ class Drawable:
     sequences: list[Running]
     logits_BV: Tensor
 
-    def joined_by(self, sequences: list[Running], logits_BV: Tensor) -> Drawable:
+    def joined_by(self, others: Drawable) -> Drawable:
         """These and others."""
-        return Drawable([*self.sequences, *sequences], torch.cat([self.logits_BV, logits_BV]))
+        return Drawable([*self.sequences, *others.sequences], torch.cat([self.logits_BV, others.logits_BV]))
 
     def split(self, first: Callable[[Running], bool]) -> tuple[Drawable | None, Drawable | None]:
         """Those that are to be first, and the others; None for no sequences."""
@@ -103,6 +104,10 @@ class BaseRunner(Protocol):
         """Of each one's next token, after all that it has: [B, V], with a column more for tokens not told apart."""
         ...
 
+    def flight(self, sequences: Sequence[Running]) -> Flight | None:
+        """The pass that gives their `logits`, for others to board; None where it cannot be taken apart."""
+        ...
+
     def certain(self, guided_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
         """log π in which greedy requests find only tokens that are told apart."""
         ...
@@ -138,8 +143,11 @@ class LocalRunner(ModelRunner):
 
     def logits(self, sequences: Sequence[Running]) -> Tensor:
         """One pass over each one's last token, and all that comes before it and was not read: [B, V]."""
-        unread = [s.tokens(s.cached, len(s)) for s in sequences]
-        return self.extend([s.owner for s in sequences], unread, logits=True, last=True)
+        return self.extend(*unread(sequences), logits=True, last=True)
+
+    def flight(self, sequences: Sequence[Running]) -> Flight | None:
+        """The same pass, for others to board; None where threads share it out, or it is not the engine's own code."""
+        return self.appending(*unread(sequences))
 
     def certain(self, guided_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
         """All tokens are told apart."""
@@ -148,3 +156,8 @@ class LocalRunner(ModelRunner):
     def settle(self, sequences: Sequence[Running], drawn: Sequence[Drawn]) -> Sequence[Drawn | None]:
         """What was drawn."""
         return drawn
+
+
+def unread(sequences: Sequence[Running]) -> tuple[list[Hashable], list[tuple[int, ...]]]:
+    """Whose tokens the base model has yet to run, and which: each one's last, and what comes before it unread."""
+    return [s.owner for s in sequences], [s.tokens(s.cached, len(s)) for s in sequences]

@@ -70,6 +70,19 @@ class _Layer:
     window: int | None
 
 
+@dataclass(slots=True)
+class Underway:
+    """Tokens between two layers: their residual stream, and by what their queries and keys are turned."""
+
+    h_NH: Tensor
+    turn_N1D: Tensor
+
+    def joined_by(self, others: Underway) -> None:
+        """From here on others, which have come as far, are the last of these tokens."""
+        self.h_NH = torch.cat([self.h_NH, others.h_NH])
+        self.turn_N1D = torch.cat([self.turn_N1D, others.turn_N1D])
+
+
 class FusedLlama:
     """A Llama, Mistral or Qwen2 model, with or without its output layer.
 
@@ -112,18 +125,30 @@ class FusedLlama:
 
     def __call__(self, ids_N: Tensor, where: Where, logits: bool, wanted: Tensor | None = None) -> Tensor:
         """Logits [N, V], or hidden states after the last norm [N, H]; of some tokens alone, if only they are wanted."""
-        h = self._embed(ids_N)
-        turn_N1D = self._turns(h, where.column_N)
-        tokens, queries, half = len(h), self._heads, self._dim // 2
-        for number, layer in enumerate(self._layers):
-            states = layer.qkv(layer.input_norm(h)).view(tokens, -1, self._dim)
-            _turn(states[:, : queries + self._shared].view(tokens, -1, half, 2), turn_N1D)
-            pairs = states[:, queries:].view(tokens, 2, self._shared, self._dim)
-            found = where.attend(number, states[:, :queries], pairs, layer.scale, layer.window, None)
-            h = layer.out(h, found.flatten(1))
-            gate, up = layer.gate_up(layer.mlp_norm(h)).chunk(2, dim=-1)
-            h = layer.down(h, F.silu(gate).mul_(up))
-        h = self._norm(h if wanted is None else h[wanted])
+        tokens = self.start(ids_N, where.column_N)
+        for number in range(self.depth):
+            self.run(number, tokens, where)
+        return self.end(tokens, logits, wanted)
+
+    def start(self, ids_N: Tensor, column_N: Tensor) -> Underway:
+        """These tokens, at their places, before the first layer."""
+        h_NH = self._embed(ids_N)
+        return Underway(h_NH, self._turns(h_NH, column_N))
+
+    def run(self, number: int, tokens: Underway, where: Where) -> None:
+        """Take tokens through a layer."""
+        layer, h, queries = self._layers[number], tokens.h_NH, self._heads
+        states = layer.qkv(layer.input_norm(h)).view(len(h), -1, self._dim)
+        _turn(states[:, : queries + self._shared].view(len(h), -1, self._dim // 2, 2), tokens.turn_N1D)
+        pairs = states[:, queries:].view(len(h), 2, self._shared, self._dim)
+        found = where.attend(number, states[:, :queries], pairs, layer.scale, layer.window, None)
+        h = layer.out(h, found.flatten(1))
+        gate, up = layer.gate_up(layer.mlp_norm(h)).chunk(2, dim=-1)
+        tokens.h_NH = layer.down(h, F.silu(gate).mul_(up))
+
+    def end(self, tokens: Underway, logits: bool, wanted: Tensor | None = None) -> Tensor:
+        """What comes of tokens that have been through all layers; as a call."""
+        h = self._norm(tokens.h_NH if wanted is None else tokens.h_NH[wanted])
         if not logits:
             return h
         assert self._head is not None, "a backbone has no logits"

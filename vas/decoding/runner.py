@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from vas.choices import Linears
 from vas.decoding import attention, lanes, linears, llama, switches, uniform
-from vas.decoding.attention import Grids, Pass, alike
+from vas.decoding.attention import Grids, Pass, alike, joined
 from vas.decoding.cache import KVCache
+from vas.decoding.flight import Flight
 from vas.decoding.graphs import upload
 from vas.decoding.llama import FusedLlama
 from vas.decoding.uniform import Uniform
@@ -105,6 +106,8 @@ class ModelRunner:
         self.cache = KVCache(model.device, limit, aside)
         self.uniform = Uniform(fused, self.cache) if fused and aside else None
         """For steps whose shapes recur, where it pays to run them so."""
+        self._apart = fused if self.ragged and not self.uniform and not switches.off("boarding") else None
+        """A model whose passes may be taken apart between layers."""
 
     def spare(self) -> None:
         """Let go of what only makes passes faster."""
@@ -182,28 +185,59 @@ class ModelRunner:
 
         last: the outputs of each sequence's last token alone, where there are no candidates.
         """
-        counts = np.array([len(each) for each in tokens])
+        counts = _counts(tokens)
         totals = counts + np.bincount(index, minlength=len(owners))
-        reach = counts + [self.cache.lengths[owner] for owner in owners]
-        spans = [slice(0, len(owners))]
-        if self.cache.depth == self._depth:  # else the pass gives the cache's layers their memory, one after the other
-            spans = lanes.spans(totals)
         works, passes = [], []
-        for span in spans:
-            parts = []
-            for some in alike(totals, reach, span) if self.ragged else [span]:
-                tried = slice(*np.searchsorted(index, [some.start, some.stop]))
-                at = None if places is None else places[tried]
-                parts.append(self._part(owners[some], tokens[some], index[tried] - some.start, candidates[tried], at))
-            own = [where for _, where in parts]
+        for span in self._spans(totals):
+            ids, own = self._parts(owners, tokens, index, candidates, totals, span, places)
             wanted = _ends(tokens[span], self.device) if last else None
-            ids = torch.cat([ids for ids, _ in parts])
-            works.append(partial(self._forward, ids, Grids(own) if len(own) > 1 else own[0], logits, wanted))
+            works.append(partial(self._forward, ids, joined(own), logits, wanted))
             passes.append(own)
-        outputs = lanes.run(works)
+        self._lengthen(owners, counts)
+        return lanes.run(works), passes
+
+    def _spans(self, totals: np.ndarray) -> list[slice]:
+        """Which sequences, with so many tokens each, every lane of a pass runs."""
+        if self.cache.depth == self._depth:
+            return lanes.spans(totals)
+        return [slice(0, len(totals))]  # the pass gives the cache's layers their memory, one after the other
+
+    def _lengthen(self, owners: Sequence[Hashable], counts: np.ndarray) -> None:
+        """Count tokens as appended, those of a pass as soon as it is laid out: the cache keeps room for them."""
         for owner, count in zip(owners, counts.tolist(), strict=True):
             self.cache.lengths[owner] += count
-        return outputs, passes
+
+    def _parts(
+        self,
+        owners: Sequence[Hashable],
+        tokens: Sequence[Sequence[int]],
+        index: np.ndarray,
+        candidates: np.ndarray,
+        totals: np.ndarray,
+        span: slice,
+        places: np.ndarray | None = None,
+    ) -> tuple[Tensor, list[Pass]]:
+        """Token ids of a span of the sequences, and where they lie, with a pass for each grid; as `branch`."""
+        parts = []
+        reach = _counts(tokens) + [self.cache.lengths[owner] for owner in owners]
+        for some in alike(totals, reach, span) if self.ragged else [span]:
+            tried = slice(*np.searchsorted(index, [some.start, some.stop]))
+            at = None if places is None else places[tried]
+            parts.append(self._part(owners[some], tokens[some], index[tried] - some.start, candidates[tried], at))
+        return torch.cat([ids for ids, _ in parts]), [where for _, where in parts]
+
+    def appending(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> Flight | None:
+        """A pass that appends tokens to sequences, which others may board; None where it cannot be taken apart."""
+        if self._apart is None or len(self._spans(_counts(tokens))) > 1:
+            return None
+        return Flight(self._apart, self._lay_out, owners, tokens)
+
+    def _lay_out(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[Pass]]:
+        """Ids of tokens to append to sequences, and where they lie."""
+        counts, none = _counts(tokens), np.empty(0, int)
+        laid_out = self._parts(owners, tokens, none, none, counts, slice(0, len(owners)))
+        self._lengthen(owners, counts)
+        return laid_out
 
     def _part(
         self,
@@ -214,7 +248,7 @@ class ModelRunner:
         places: np.ndarray | None,
     ) -> tuple[Tensor, Pass]:
         """Token ids, and where they lie, of some sequences' part of a pass; as `branch`."""
-        counts = np.array([len(each) for each in tokens])
+        counts = _counts(tokens)
         lengths = np.array([self.cache.lengths[owner] for owner in owners])
         kept = int(counts.sum())
         ids = np.concatenate([np.concatenate([np.asarray(each, dtype=int) for each in tokens]), candidates])
@@ -235,6 +269,11 @@ class ModelRunner:
         chosen = as_tensor(list(branches.values()))
         for layer, states in enumerate(where.branches):
             self.cache.write(layer, rows, places, states.index_select(0, chosen))
+
+
+def _counts(tokens: Sequence[Sequence[int]]) -> np.ndarray:
+    """How many tokens each sequence has."""
+    return np.array([len(each) for each in tokens])
 
 
 def _ends(tokens: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:

@@ -135,6 +135,9 @@ class ServedRunner:
         sequence.completion.base_positions += len(found[0].tokens)
         return _tokens(found[0]), found[0].reason
 
+    def flight(self, sequences: Sequence[Running]) -> None:
+        """None: it is the server's."""
+
     def logits(self, sequences: Sequence[Running]) -> Tensor:
         """log π0 of what follows sequences whose answers are there: [B, V + 1]."""
         owners = [sequence.owner for sequence in sequences]

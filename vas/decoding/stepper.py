@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Many
 
 import torch
 
 from vas.decoding import switches
-from vas.decoding.base_runner import BaseRunner, Drawable
+from vas.decoding.base_runner import BaseRunner, Drawable, unread
 from vas.decoding.blocks import Block, choose
 from vas.decoding.clock import Clock
 from vas.decoding.guide import Guide
@@ -55,13 +55,12 @@ class Stepper:
             with self._clock.part("base"):
                 ready = self._scheduler.ready(left)
                 left -= sum(sequence.unread for sequence in ready)
-                arrival = self._runner.arrived(ready)
-                ahead = arrival.ahead
-                drawable = Drawable(ahead, self._runner.logits(ahead)) if ahead else None
+                arrival, drawable = self._runner.arrived(ready), None
+                if ahead := arrival.ahead:
+                    drawable = (yield from self._pass(ahead, left)) if self._scheduler.joint else self._logits(ahead)
         if drawable and self._scheduler.joint:
-            yield []  # requests may come
             with self._clock.part("overhead"):
-                first, drawable = self._join(drawable, left).split(self._goes_first)
+                first, drawable = drawable.split(self._goes_first)
                 tokens = self._take_drawn(self._draw(first)) if first else []
             yield tokens
         with self._clock.part("overhead"):
@@ -122,18 +121,35 @@ class Stepper:
             return self._early
         return sequence.fresh and all(isinstance(each, InProcess) for each in self.guide.scorers_of(sequence.request))
 
-    def _join(self, drawable: Drawable, budget: int) -> Drawable:
-        """Sequences that came while the base model ran for these go on with them, instead of waiting for the next step.
+    def _logits(self, sequences: Many[Sequence]) -> Drawable:
+        """The base model's pass over these."""
+        return Drawable(list(sequences), self._runner.logits(sequences))
 
-        Only with short prompts, within a budget of tokens, for they have a pass of the base model's to themselves.
+    def _pass(self, sequences: list[Sequence], budget: int) -> Generator[list[Token], None, Drawable]:
+        """The same, with the sequences that come meanwhile, instead of letting them wait for the next step.
+
+        Only with short prompts, within a budget of tokens, for the others wait for them.
         """
+        flight = self._runner.flight(sequences)
+        if flight is None:
+            drawable = self._logits(sequences)
+            yield []  # requests may come
+            late = self._late(budget)
+            return drawable.joined_by(self._logits(late)) if late else drawable
+        for _ in flight:
+            yield []
+            if late := self._late(budget):
+                budget -= sum(sequence.unread for sequence in late)
+                flight.board(*unread(late))
+                sequences = [*sequences, *late]
+        return Drawable(sequences, flight.logits())
+
+    def _late(self, budget: int) -> list[Sequence]:
+        """Sequences that may join a step that has begun, of those that have come since."""
         fresh = self._admit()
-        self._prefixes.inherit(self._scheduler.sharing())
-        late = self._scheduler.ready(budget, [s for s in fresh if not s.blockwise])
-        if not late:
-            return drawable
-        with self._clock.part("base"):
-            return drawable.joined_by(late, self._runner.logits(late))
+        if fresh:
+            self._prefixes.inherit(self._scheduler.sharing())
+        return self._scheduler.ready(budget, [s for s in fresh if not s.blockwise])
 
     def _draw(self, drawable: Drawable) -> list[_Drawn]:
         """A token for each of these; continuations of blocks keep theirs."""
