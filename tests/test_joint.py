@@ -1,6 +1,7 @@
 """Short prompts are read in the pass that decodes others, and requests may join in the middle of a step."""
 
 import itertools
+import time
 from concurrent.futures import Future
 from threading import Event
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from tiny import tiny_base, tiny_value
 from vas.decoding import attention
 from vas.decoding.attention import alike
 from vas.decoding.base_runner import LocalRunner
+from vas.decoding.cache import COLUMNS
 from vas.decoding.engine import Engine
 from vas.decoding.loop import Loop
 from vas.decoding.runner import ModelRunner
@@ -222,6 +224,13 @@ def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_sam
     assert rows_in_use(engine) == [0, 0, 0]
 
 
+def seated(runner, texts):
+    """Sequences with a row of the cache, as they come."""
+    for i, text in enumerate(texts):
+        runner.cache.add(i)
+        yield i, text
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_who_boards_a_pass_between_two_layers_has_the_logits_of_a_pass_of_its_own(first):
@@ -231,12 +240,13 @@ def test_who_boards_a_pass_between_two_layers_has_the_logits_of_a_pass_of_its_ow
     for runner in (own, others):
         runner.cache.add("before")
         runner.extend(["before"], prompts(2, seed=3))
-    alone_BV = torch.cat([own.extend([i], [text], logits=True, last=True) for i, text in enumerate_rows(own, texts)])
-    rows = enumerate_rows(others, texts)
+    alone_BV = torch.cat([own.extend([i], [text], logits=True, last=True) for i, text in seated(own, texts)])
+    rows = seated(others, texts)
     flight = others.appending(*zip(*[next(rows), next(rows)], strict=True))
-    for passed, _ in enumerate(flight):
-        if passed >= first and (boarding := next(rows, None)):
-            flight.board([boarding[0]], [boarding[1]])
+    for layer in range(LAYERS):
+        assert flight.advance() == (layer < LAYERS - 1)
+        if layer >= first:
+            flight.board(*zip(next(rows), strict=True))
     logits_BV = flight.logits()
     assert len(logits_BV) == 5 - first
     assert torch.allclose(logits_BV, alone_BV[: len(logits_BV)], atol=1e-5)
@@ -244,13 +254,6 @@ def test_who_boards_a_pass_between_two_layers_has_the_logits_of_a_pass_of_its_ow
     for i in range(len(logits_BV)):  # what they have left in the cache is as good
         both = [runner.extend([i], [(5,)], logits=True) for runner in (own, others)]
         assert torch.allclose(*both, atol=1e-5)
-
-
-def enumerate_rows(runner, texts):
-    """Sequences with a row of the cache, as they come."""
-    for i, text in enumerate(texts):
-        runner.cache.add(i)
-        yield i, text
 
 
 @pytest.mark.parametrize("after", range(1, LAYERS + 1))
@@ -287,6 +290,47 @@ def test_requests_come_after_one_layer_and_another_within_a_budget(monkeypatch):
     assert {name: each.token_ids for name, each in drain(engine).items()} == {
         each.request_id: alone(each) for each in requests
     }
+
+
+def test_the_first_that_come_board_a_pass_and_the_others_share_one(monkeypatch):
+    _, _, engine = guided_setup("llama", ending=())
+    requests = [request(str(i), p, seed=i) for i, p in enumerate(prompts(9, 30, 12, 14))]
+    engine.add(requests[0])
+    ran, parts = counting(engine, monkeypatch), engine.parts()
+    for late in requests[1:]:
+        next(parts)
+        engine.add(late)
+    assert sorted(token.request_id for part in parts for token in part) == ["0", "1", "2", "3"]
+    assert ran == [9, 30, 12 + 14]
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
+
+
+def test_who_takes_the_parts_of_a_step_takes_no_time_of_its_clock():
+    _, _, engine = guided_setup("llama", ending=())
+    engine.add(request("0", prompts(9)[0], BOTH))
+    engine.step()
+    engine.clock.seconds.clear()
+    for _ in engine.parts():
+        time.sleep(0.2)
+    assert sum(engine.clock.seconds.values()) < 0.2
+
+
+def test_who_has_no_room_is_not_looked_at_again_before_another_leaves(monkeypatch):
+    base, _, _ = guided_setup("llama", ending=())
+    engine = Engine(base, kv_tokens=2 * COLUMNS)
+    asked = []
+    fits = engine._scheduler._has_room
+    monkeypatch.setattr(engine._scheduler, "_has_room", lambda *room: asked.append(room) or fits(*room))
+    requests = [request(str(i), p, max_tokens=8, seed=i) for i, p in enumerate(prompts(9, 10, 11))]
+    for each in requests:
+        engine.add(each)
+    for _ in range(5):
+        engine.step()
+    assert [room for room in asked if room[0] == 3] == [(3, 11)]
+    done = drain(engine)
+    assert {name: each.token_ids for name, each in done.items()} == {each.request_id: alone(each) for each in requests}
 
 
 def test_switched_off_requests_that_come_midway_have_passes_of_their_own(monkeypatch):

@@ -143,11 +143,11 @@ class LocalRunner(ModelRunner):
 
     def logits(self, sequences: Sequence[Running]) -> Tensor:
         """One pass over each one's last token, and all that comes before it and was not read: [B, V]."""
-        return self.extend(*unread(sequences), logits=True, last=True)
+        return self.extend(*to_run(sequences), logits=True, last=True)
 
     def flight(self, sequences: Sequence[Running]) -> Flight | None:
         """The same pass, for others to board; None where threads share it out, or it is not the engine's own code."""
-        return self.appending(*unread(sequences))
+        return self.appending(*to_run(sequences))
 
     def certain(self, guided_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
         """All tokens are told apart."""
@@ -158,6 +158,6 @@ class LocalRunner(ModelRunner):
         return drawn
 
 
-def unread(sequences: Sequence[Running]) -> tuple[list[Hashable], list[tuple[int, ...]]]:
+def to_run(sequences: Sequence[Running]) -> tuple[list[Hashable], list[tuple[int, ...]]]:
     """Whose tokens the base model has yet to run, and which: each one's last, and what comes before it unread."""
     return [s.owner for s in sequences], [s.tokens(s.cached, len(s)) for s in sequences]

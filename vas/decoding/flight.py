@@ -1,12 +1,13 @@
 """A pass of the base model under way. Between two of its layers more sequences may come aboard.
 
 They run the layers behind the others first, and the rest of them together: so a request that comes in the middle of a
-pass costs less than with a pass of its own, and need not wait for the end of this one.
+pass costs less than with a pass of its own, and need not wait for the end of this one. Each boarding reads the weights
+of the layers that have been passed once more: several in one pass would cost more than one pass for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ Tokens = Sequence[Sequence[int]]
 
 
 class Flight:
-    """Appends tokens to sequences, a layer at a time.
+    """Appends tokens to sequences, a layer at a time: `advance` until it has run the last one, then `logits`.
 
     lay_out: ids [N] of tokens to append to some sequences, and where they lie, with a `Pass` for each grid of them.
     """
@@ -36,12 +37,11 @@ class Flight:
         self._counts, self._where = [len(each) for each in tokens], joined(self._passes)
         self._underway = forward.start(ids_N, self._where.column_N)
 
-    def __iter__(self) -> Iterator[None]:
-        """Run the layers; at each item others may board."""
-        for number in range(self._forward.depth):
-            self._forward.run(number, self._underway, self._where)
-            self._passed = number + 1
-            yield
+    def advance(self) -> bool:
+        """Run a layer; whether there are more of them, before which others may board."""
+        self._forward.run(self._passed, self._underway, self._where)
+        self._passed += 1
+        return self._passed < self._forward.depth
 
     def board(self, owners: Owners, tokens: Tokens) -> None:
         """Let more sequences catch up with these, and go on with them, as the last of them."""

@@ -98,16 +98,16 @@ class ModelRunner:
         kind = linears.settle(model, kind)
         fused = FusedLlama(model, kind, free) if llama.supports(model) else None
         self._forward = fused or HuggingFace(model, kind, free)
-        self.ragged = fused is not None and model.device.type == "cpu" and not llama.stretches(model)
+        aside = uniform.ASIDE if fused and uniform.pays(model) else 0
+        self.ragged = bool(fused) and not aside and model.device.type == "cpu" and not llama.stretches(model)
         """Whether a pass may as well have any numbers of tokens of its sequences, and be taken apart."""
         self._depth = fused.depth if fused and self.ragged and not switches.off("lanes") else None
         """Layers of a model that several threads may run at once."""
-        aside = uniform.ASIDE if fused and uniform.pays(model) else 0
         self.cache = KVCache(model.device, limit, aside)
         self.uniform = Uniform(fused, self.cache) if fused and aside else None
         """For steps whose shapes recur, where it pays to run them so."""
-        self._apart = fused if self.ragged and not self.uniform and not switches.off("boarding") else None
-        """A model whose passes may be taken apart between layers."""
+        self._boardable = fused if self.ragged and not switches.off("boarding") else None
+        """A model whose passes others may board between two layers."""
 
     def spare(self) -> None:
         """Let go of what only makes passes faster."""
@@ -185,11 +185,9 @@ class ModelRunner:
 
         last: the outputs of each sequence's last token alone, where there are no candidates.
         """
-        counts = _counts(tokens)
-        totals = counts + np.bincount(index, minlength=len(owners))
-        works, passes = [], []
-        for span in self._spans(totals):
-            ids, own = self._parts(owners, tokens, index, candidates, totals, span, places)
+        counts, works, passes = _counts(tokens), [], []
+        for span in self._spans(counts + np.bincount(index, minlength=len(owners))):
+            ids, own = self._parts(owners, tokens, index, candidates, span, places)
             wanted = _ends(tokens[span], self.device) if last else None
             works.append(partial(self._forward, ids, joined(own), logits, wanted))
             passes.append(own)
@@ -213,13 +211,13 @@ class ModelRunner:
         tokens: Sequence[Sequence[int]],
         index: np.ndarray,
         candidates: np.ndarray,
-        totals: np.ndarray,
         span: slice,
         places: np.ndarray | None = None,
     ) -> tuple[Tensor, list[Pass]]:
         """Token ids of a span of the sequences, and where they lie, with a pass for each grid; as `branch`."""
-        parts = []
-        reach = _counts(tokens) + [self.cache.lengths[owner] for owner in owners]
+        parts, counts = [], _counts(tokens)
+        totals = counts + np.bincount(index, minlength=len(owners))
+        reach = counts + [self.cache.lengths[owner] for owner in owners]
         for some in alike(totals, reach, span) if self.ragged else [span]:
             tried = slice(*np.searchsorted(index, [some.start, some.stop]))
             at = None if places is None else places[tried]
@@ -228,15 +226,15 @@ class ModelRunner:
 
     def appending(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> Flight | None:
         """A pass that appends tokens to sequences, which others may board; None where it cannot be taken apart."""
-        if self._apart is None or len(self._spans(_counts(tokens))) > 1:
+        if self._boardable is None or len(self._spans(_counts(tokens))) > 1:
             return None
-        return Flight(self._apart, self._lay_out, owners, tokens)
+        return Flight(self._boardable, self._lay_out, owners, tokens)
 
     def _lay_out(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[Pass]]:
         """Ids of tokens to append to sequences, and where they lie."""
-        counts, none = _counts(tokens), np.empty(0, int)
-        laid_out = self._parts(owners, tokens, none, none, counts, slice(0, len(owners)))
-        self._lengthen(owners, counts)
+        none = np.empty(0, int)
+        laid_out = self._parts(owners, tokens, none, none, slice(0, len(owners)))
+        self._lengthen(owners, _counts(tokens))
         return laid_out
 
     def _part(

@@ -25,6 +25,8 @@ class Scheduler:
         self._sharing = not switches.off("shared_prefixes")
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._refused: Sequence | None = None
+        """The head of the queue, when it had no room; it has none before a running sequence leaves."""
 
     @property
     def busy(self) -> bool:
@@ -46,7 +48,10 @@ class Scheduler:
         """Let in waiting sequences for which there are places and room; returns them."""
         fresh = len(self.running)
         places = self.max_sequences - sum(s.fork == 0 for s in self.running)
-        while self.waiting and places > 0 and self._fits([*self.running, self.waiting[0]]):
+        while self.waiting and places > 0 and self.waiting[0] is not self._refused:
+            if not self._fits([*self.running, self.waiting[0]]):
+                self._refused = self.waiting[0]
+                break
             places -= 1
             sequence = self.waiting.popleft()
             if self._sharing:
@@ -56,6 +61,7 @@ class Scheduler:
 
     def leave(self, sequence: Sequence) -> None:
         """Take a running sequence out; the last one moves into its place, as in the cache."""
+        self._refused = None
         last = self.running.pop()
         if last is not sequence:
             self.running[self.running.index(sequence)] = last

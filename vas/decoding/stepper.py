@@ -8,9 +8,10 @@ from collections.abc import Sequence as Many
 import torch
 
 from vas.decoding import switches
-from vas.decoding.base_runner import BaseRunner, Drawable, unread
+from vas.decoding.base_runner import BaseRunner, Drawable, to_run
 from vas.decoding.blocks import Block, choose
 from vas.decoding.clock import Clock
+from vas.decoding.flight import Flight
 from vas.decoding.guide import Guide
 from vas.decoding.prefixes import Prefixes
 from vas.decoding.sampler import draw, policy
@@ -55,9 +56,9 @@ class Stepper:
             with self._clock.part("base"):
                 ready = self._scheduler.ready(left)
                 left -= sum(sequence.unread for sequence in ready)
-                arrival, drawable = self._runner.arrived(ready), None
-                if ahead := arrival.ahead:
-                    drawable = (yield from self._pass(ahead, left)) if self._scheduler.joint else self._logits(ahead)
+                arrival = self._runner.arrived(ready)
+        ahead = arrival.ahead
+        drawable = (yield from self._pass(ahead, left)) if ahead else None
         if drawable and self._scheduler.joint:
             with self._clock.part("overhead"):
                 first, drawable = drawable.split(self._goes_first)
@@ -121,35 +122,44 @@ class Stepper:
             return self._early
         return sequence.fresh and all(isinstance(each, InProcess) for each in self.guide.scorers_of(sequence.request))
 
-    def _logits(self, sequences: Many[Sequence]) -> Drawable:
-        """The base model's pass over these."""
-        return Drawable(list(sequences), self._runner.logits(sequences))
-
     def _pass(self, sequences: list[Sequence], budget: int) -> Generator[list[Token], None, Drawable]:
-        """The same, with the sequences that come meanwhile, instead of letting them wait for the next step.
+        """The base model's pass over these, and over those that come meanwhile, which need not wait for the next step.
 
-        Only with short prompts, within a budget of tokens, for the others wait for them.
+        The first ones that come board it; those after them have a pass of their own. Only with short prompts, within a
+        budget of tokens, for all others wait for them.
         """
-        flight = self._runner.flight(sequences)
-        if flight is None:
-            drawable = self._logits(sequences)
+        if not self._scheduler.joint:
+            return self._logits(sequences)
+        with self._clock.part("base"):
+            flight = self._runner.flight(sequences)
+        late: list[Sequence] = []
+        while flight and self._advance(flight):
             yield []  # requests may come
-            late = self._late(budget)
-            return drawable.joined_by(self._logits(late)) if late else drawable
-        for _ in flight:
-            yield []
-            if late := self._late(budget):
+            if not late and (late := self._late(budget)):
                 budget -= sum(sequence.unread for sequence in late)
-                flight.board(*unread(late))
-                sequences = [*sequences, *late]
-        return Drawable(sequences, flight.logits())
+                with self._clock.part("base"):
+                    flight.board(*to_run(late))
+        drawable = self._logits([*sequences, *late], flight)
+        yield []
+        late = self._late(budget)
+        return drawable.joined_by(self._logits(late)) if late else drawable
+
+    def _advance(self, flight: Flight) -> bool:
+        with self._clock.part("base"):
+            return flight.advance()
+
+    def _logits(self, sequences: Many[Sequence], flight: Flight | None = None) -> Drawable:
+        """What the base model says comes next, at the end of a flight or of a pass over these."""
+        with self._clock.part("base"):
+            return Drawable(list(sequences), flight.logits() if flight else self._runner.logits(sequences))
 
     def _late(self, budget: int) -> list[Sequence]:
         """Sequences that may join a step that has begun, of those that have come since."""
-        fresh = self._admit()
-        if fresh:
-            self._prefixes.inherit(self._scheduler.sharing())
-        return self._scheduler.ready(budget, [s for s in fresh if not s.blockwise])
+        with self._clock.part("overhead"):
+            fresh = self._admit()
+            if fresh:
+                self._prefixes.inherit(self._scheduler.sharing())
+            return self._scheduler.ready(budget, [s for s in fresh if not s.blockwise])
 
     def _draw(self, drawable: Drawable) -> list[_Drawn]:
         """A token for each of these; continuations of blocks keep theirs."""
