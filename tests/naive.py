@@ -325,3 +325,20 @@ def mixed_requests() -> list[Request]:
         request("logit_bias", p[8], TWO, seed=17, candidates=5, logit_bias={7: 4.0, 83: -100.0, 9: -3.5}),
         request("all tokens are candidates", p[1], ONE, seed=12, candidates=1000, max_tokens=2),
     ]
+
+
+def counting(engine: Engine, monkeypatch) -> list[int]:
+    """The tokens of each pass of the base model from now on."""
+    ran = []
+    forward = engine._runner._forward
+    start = forward.start
+    monkeypatch.setattr(forward, "start", lambda ids, *rest: ran.append(len(ids)) or start(ids, *rest))
+    return ran
+
+
+def alone(asked) -> list[int]:
+    """A request's tokens in an engine of its own that reads prompts in passes of their own."""
+    base, models, _ = guided_setup("llama", ending=())
+    engine = Engine(base, scorers_of(models))
+    engine._scheduler.joint = 0
+    return engine.generate([asked])[0].token_ids

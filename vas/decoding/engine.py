@@ -219,9 +219,9 @@ class Engine:
         """A step, with tokens as soon as they are drawn: first those that need not wait for others' value models.
 
         Those are the ones that begin a response, and those of requests without guidance. Parts without a token come
-        before them, between the layers of the base model. Whoever takes the parts may
-        add requests between two of them, and do nothing else with the engine; a request that comes before the first
-        tokens may have its own among them. A part that fails has taken in no token; to leave early is to fail.
+        before them, between the layers of the base model. Whoever takes the parts may add requests between two of them,
+        and do nothing else with the engine; a request that comes before the first tokens may have its own among them. A
+        part that fails has taken in no token; to leave early is to fail.
         """
         try:
             for tokens in self._stepper.parts():

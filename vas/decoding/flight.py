@@ -51,7 +51,7 @@ class Flight:
         for number in range(self._passed):
             self._forward.run(number, underway, where)
         self._underway.joined_by(underway)
-        self._passes = [*self._passes, *passes]
+        self._passes += passes
         self._counts += [len(each) for each in tokens]
         self._where = joined(self._passes)
 

@@ -1,0 +1,362 @@
+"""Requests may join in the middle of a step, and tokens are told as soon as they are drawn."""
+
+import itertools
+import time
+from concurrent.futures import Future
+from threading import Event
+from types import SimpleNamespace
+
+import pytest
+import torch
+from naive import (
+    BOTH,
+    ONE,
+    alone,
+    before_draws,
+    counting,
+    drain,
+    guided_setup,
+    prompts,
+    request,
+    rows_in_use,
+    scorers_of,
+)
+from tiny import tiny_base
+
+from vas.decoding.base_runner import LocalRunner
+from vas.decoding.cache import COLUMNS
+from vas.decoding.engine import Engine
+from vas.decoding.loop import Loop
+
+LAYERS = 3
+"""Of the base model."""
+
+
+def step_and_add(engine: Engine, requests: list, after: int = LAYERS) -> list[list]:
+    """A step in the middle of which requests come, after so many layers of the base model; its parts with tokens."""
+    parts = engine.parts()
+    assert [next(parts) for _ in range(after)] == [[]] * after
+    for each in requests:
+        engine.add(each)
+    return [part for part in parts if part]
+
+
+def told(engine: Engine) -> list[list[str]]:
+    """Whose tokens each part of a step brings, of those that bring any."""
+    return [[token.request_id for token in part] for part in engine.parts() if part]
+
+
+def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_same_step():
+    _, _, engine = guided_setup("llama", ending=())
+    requests = [request(str(i), p, BOTH, seed=20 + i) for i, p in enumerate(prompts(9, 30, 12, 140, 1))]
+    requests += [request("again", requests[0].prompt_token_ids, BOTH, seed=9)]  # nothing of it is left to read
+    requests += [request("blocks", prompts(1, seed=3)[0], BOTH, seed=8, schedule="block:4")]
+    engine.add(requests[0])
+    engine.step()
+    joined = ["1", "2", "4", "again"]
+    first, rest = step_and_add(engine, requests[1:])
+    assert sorted(token.request_id for token in first) == joined, "a long prompt and a block wait for the next"
+    assert [token.request_id for token in rest] == ["0"], "who has a token already waits for the others' first ones"
+    done = drain(engine)
+    for asked in requests:
+        assert done[asked.request_id].token_ids == alone(asked)
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
+def seated(runner, texts):
+    """Sequences with a row of the cache, as they come."""
+    for i, text in enumerate(texts):
+        runner.cache.add(i)
+        yield i, text
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_who_boards_a_pass_between_two_layers_has_the_logits_of_a_pass_of_its_own(first):
+    """Some board after each layer from the first, and the cache grows under those that are on their way."""
+    own, others = LocalRunner(tiny_base("llama").model), LocalRunner(tiny_base("llama").model)
+    texts = prompts(60, 3, 70, 1, 9)
+    for runner in (own, others):
+        runner.cache.add("before")
+        runner.extend(["before"], prompts(2, seed=3))
+    alone_BV = torch.cat([own.extend([i], [text], logits=True, last=True) for i, text in seated(own, texts)])
+    rows = seated(others, texts)
+    flight = others.appending(*zip(*[next(rows), next(rows)], strict=True))
+    for layer in range(LAYERS):
+        assert flight.advance() == (layer < LAYERS - 1)
+        if layer >= first:
+            flight.board(*zip(next(rows), strict=True))
+    logits_BV = flight.logits()
+    assert len(logits_BV) == 5 - first
+    assert torch.allclose(logits_BV, alone_BV[: len(logits_BV)], atol=1e-5)
+    assert others.cache.grown > 2
+    for i in range(len(logits_BV)):  # what they have left in the cache is as good
+        both = [runner.extend([i], [(5,)], logits=True) for runner in (own, others)]
+        assert torch.allclose(*both, atol=1e-5)
+
+
+@pytest.mark.parametrize("after", range(1, LAYERS + 1))
+def test_a_request_may_come_after_any_layer_of_the_base_model(after, monkeypatch):
+    _, _, engine = guided_setup("llama", ending=())
+    ran = counting(engine, monkeypatch)
+    requests = [request(str(i), p, BOTH if i % 2 else {}, seed=i) for i, p in enumerate(prompts(9, 30, 12))]
+    requests += [request("shares", (*requests[0].prompt_token_ids[:7], 4, 2), BOTH, seed=8)]
+    engine.add(requests[0])
+    engine.step()
+    del ran[:]
+    begun = [token.request_id for part in step_and_add(engine, requests[1:], after) for token in part]
+    assert sorted(begun) == ["0", "1", "2", "shares"]
+    assert len(ran) == 2, "what joins catches up together"
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
+def test_requests_come_after_one_layer_and_another_within_a_budget():
+    base, models, _ = guided_setup("llama", ending=())
+    engine = Engine(base, scorers_of(models), prefill_tokens=40)
+    requests = [request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30, 8, 12, 5))]
+    engine.add(requests[0])
+    engine.step()
+    parts, begun = engine.parts(), []
+    for late in requests[1:4]:
+        begun += next(parts)
+        engine.add(late)
+    begun += [token for part in parts for token in part]
+    assert sorted(token.request_id for token in begun) == ["0", "1", "2"], "the third's tokens are too many"
+    engine.add(requests[4])
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
+
+
+def test_the_first_that_come_board_a_pass_and_the_others_share_one(monkeypatch):
+    _, _, engine = guided_setup("llama", ending=())
+    requests = [request(str(i), p, seed=i) for i, p in enumerate(prompts(9, 30, 12, 14))]
+    engine.add(requests[0])
+    ran, parts = counting(engine, monkeypatch), engine.parts()
+    for late in requests[1:]:
+        next(parts)
+        engine.add(late)
+    assert sorted(token.request_id for part in parts for token in part) == ["0", "1", "2", "3"]
+    assert ran == [9, 30, 12 + 14]
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
+
+
+def test_who_takes_the_parts_of_a_step_takes_no_time_of_its_clock():
+    _, _, engine = guided_setup("llama", ending=())
+    engine.add(request("0", prompts(9)[0], BOTH))
+    engine.step()
+    engine.clock.seconds.clear()
+    for _ in engine.parts():
+        time.sleep(0.2)
+    assert sum(engine.clock.seconds.values()) < 0.2
+
+
+def test_who_has_no_room_is_not_looked_at_again_before_another_leaves(monkeypatch):
+    base, _, _ = guided_setup("llama", ending=())
+    engine = Engine(base, kv_tokens=2 * COLUMNS)
+    asked = []
+    fits = engine._scheduler._has_room
+    monkeypatch.setattr(engine._scheduler, "_has_room", lambda *room: asked.append(room) or fits(*room))
+    requests = [request(str(i), p, max_tokens=8, seed=i) for i, p in enumerate(prompts(9, 10, 11))]
+    for each in requests:
+        engine.add(each)
+    for _ in range(5):
+        engine.step()
+    assert [room for room in asked if room[0] == 3] == [(3, 11)]
+    done = drain(engine)
+    assert {name: each.token_ids for name, each in done.items()} == {each.request_id: alone(each) for each in requests}
+
+
+def test_switched_off_requests_that_come_midway_have_passes_of_their_own(monkeypatch):
+    monkeypatch.setenv("VAS_OFF", "boarding")
+    _, _, engine = guided_setup("llama", ending=())
+    ran = counting(engine, monkeypatch)
+    requests = [request(str(i), p, seed=i) for i, p in enumerate(prompts(9, 30))]
+    engine.add(requests[0])
+    assert [len(part) for part in engine.parts()] == [0, 1, 0]
+    assert [token.request_id for part in step_and_add(engine, requests[1:], 1) for token in part] == ["0", "1"]
+    assert ran == [9, 1, 30]
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
+
+
+def test_requests_that_have_no_room_wait_although_they_come_midway():
+    base, models, _ = guided_setup("llama", ending=())
+    requests = [request(str(i), p, BOTH, seed=20 + i, max_tokens=50) for i, p in enumerate(prompts(20, 21, 22, 23))]
+    engine = Engine(base, scorers_of(models), max_sequences=3, kv_tokens=2 * 128)
+    engine.add(requests[0])
+    assert sum(map(len, step_and_add(engine, requests[1:]))) == 3, (
+        "there are three places, and room for three of up to 63 tokens"
+    )
+    done = drain(engine)
+    assert engine.preempted, "but not for three that are longer"
+    for asked in requests:
+        assert done[asked.request_id].token_ids == alone(asked)
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
+def test_tokens_that_need_no_value_model_come_before_the_others():
+    _, _, engine = guided_setup("llama", ending=())
+    engine.add(request("plain", prompts(9)[0], max_tokens=3))
+    assert [len(part) for part in engine.parts()] == [0] * LAYERS + [1, 0]
+    engine.add(request("steered", prompts(9)[0], ONE, max_tokens=3))
+    assert told(engine) == [["plain", "steered"]], "a first token, and one that needs no value model"
+    assert told(engine) == [["plain"], ["steered"]]
+
+
+def test_without_guidance_too_requests_that_come_midway_begin_in_the_same_step():
+    _, _, engine = guided_setup("llama", ending=())
+    requests = [request(str(i), p, seed=i) for i, p in enumerate(prompts(9, 30, 12))]
+    engine.add(requests[0])
+    engine.step()
+    assert [token.request_id for part in step_and_add(engine, requests[1:]) for token in part] == ["0", "1", "2"]
+    assert {name: each.token_ids for name, each in drain(engine).items()} == {
+        each.request_id: alone(each) for each in requests
+    }
+
+
+def test_first_tokens_do_not_wait_for_the_values_of_others(monkeypatch):
+    """Nor do those of requests that want no guidance; all are as they would be alone."""
+    _, _, engine = guided_setup("llama", ending=())
+    requests = [request(str(i), p, BOTH, seed=20 + i) for i, p in enumerate(prompts(9, 30, 12, 14))]
+    requests += [request("short", prompts(10)[0], BOTH, seed=4, max_tokens=1), request("plain", prompts(5)[0], seed=5)]
+    for each in requests[:2]:
+        engine.add(each)
+    engine.step()
+    for each in requests[2:]:
+        engine.add(each)
+    asked = []
+    scorer = engine._scorers[0]
+    score = scorer.score
+    monkeypatch.setattr(scorer, "score", lambda batch: asked.append(len(batch.rows)) or score(batch))
+    assert [sorted(part) for part in told(engine)] == [["2", "3", "plain", "short"], ["0", "1"]]
+    assert asked == [3, 2]
+    done = {"short": engine.take("short")} | drain(engine)
+    for each in requests:
+        assert done[each.request_id].token_ids == alone(each)
+
+
+def test_switched_off_first_tokens_come_with_the_others(monkeypatch):
+    monkeypatch.setenv("VAS_OFF", "first_tokens")
+    _, _, engine = guided_setup("llama", ending=())
+    engine.add(request("0", prompts(9)[0], ONE))
+    engine.step()
+    engine.add(request("plain", prompts(12)[0]))
+    assert told(engine) == [["0", "plain"]]
+
+
+def test_a_step_that_fails_after_a_request_has_joined_midway_loses_neither():
+    _, _, engine = guided_setup("llama", ending=())
+    first, second = (request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30)))
+    engine.add(first)
+    guide = engine._stepper.guide
+
+    def fail(*_):
+        engine._stepper.guide = guide
+        raise MemoryError
+
+    scorers_of_request = guide.scorers_of
+    engine._stepper.guide = type("Failing", (), {"scorers_of": staticmethod(scorers_of_request), "__call__": fail})()
+    with pytest.raises(MemoryError):
+        step_and_add(engine, [second])
+    assert engine.interrupted == ("0", "1")
+    done = drain(engine)
+    assert {name: each.token_ids for name, each in done.items()} == {"0": alone(first), "1": alone(second)}
+
+
+def test_a_step_that_fails_after_first_tokens_keeps_them(monkeypatch):
+    _, _, engine = guided_setup("llama", ending=())
+    first, second = (request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30)))
+    engine.add(first)
+    engine.step()
+    engine.add(second)
+    parts = engine.parts()
+    [begun] = next(filter(None, parts))
+    monkeypatch.setattr(engine._stepper.guide, "values", lambda *_: torch.empty(-1))
+    with pytest.raises(RuntimeError):
+        next(parts)
+    monkeypatch.undo()
+    assert engine.interrupted == ("0", "1")
+    assert [begun.token_id] == engine.completion("1").token_ids == alone(second)[:1]
+    done = drain(engine)
+    assert {name: each.token_ids for name, each in done.items()} == {"0": alone(first), "1": alone(second)}
+
+
+def test_a_loop_tells_each_token_once_though_steps_fail_after_first_tokens():
+    base, models, _ = guided_setup("llama", ending=())
+    requests = [
+        request(str(i), p, BOTH, seed=i, max_tokens=1 + 3 * (i % 3)) for i, p in enumerate(prompts(*range(9, 17)))
+    ]
+
+    drawn = itertools.count(1)
+
+    def fail_each_fifth(sequences):
+        if next(drawn) % 5 == 0 and loop.engine.running > 1:  # there are others to blame
+            raise RuntimeError("for once")
+
+    counted, told = [], {each.request_id: [] for each in requests}
+    loop = Loop(
+        lambda: before_draws(Engine(base, scorers_of(models), max_sequences=3), fail_each_fifth),
+        after=lambda tokens, _: counted.append(tokens),
+    )
+    futures = [loop.submit(each, lambda token, _: told[token.request_id].append(token.token_id)) for each in requests]
+    found = [future.result(60).token_ids for future in futures]
+    loop.call(lambda engine: None).result(60)
+    assert next(drawn) > 10
+    assert found == [told[each.request_id] for each in requests] == [alone(each) for each in requests]
+    assert sum(counted) == sum(map(len, found))
+
+
+def test_each_response_is_charged_its_share_of_the_parts_that_it_was_in(monkeypatch):
+    """Each part takes a second here: a layer's is everybody's, the others are theirs whose tokens they bring."""
+    base, models, _ = guided_setup("llama", ending=())
+    ticks = itertools.count()
+    monkeypatch.setattr("vas.decoding.loop.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    loop = Loop(lambda: Engine(base, scorers_of(models)))
+    ready = Event()
+    loop.call(lambda engine: ready.wait(30))
+    asked = [request(str(i), p, BOTH, max_tokens=4) for i, p in enumerate(prompts(9, 12))]
+    futures = [loop.submit(each) for each in (*asked, request("plain", prompts(5)[0], max_tokens=4))]
+    ready.set()
+    one, other, plain = (future.result(60).seconds for future in futures)
+    common, first = (4 * LAYERS + 1) / 3, 1 / 3  # the first step, in which all begin, has a last part without a token
+    assert (one, other) == pytest.approx((common + first + 3 / 2,) * 2, rel=0.08)
+    assert plain == pytest.approx(common + first + 3, rel=0.08)
+    assert one + other + plain == pytest.approx(4 * (LAYERS + 2))
+
+
+def test_the_loop_takes_requests_midway_and_leaves_the_rest_for_after_the_step():
+    base, models, _ = guided_setup("llama", ending=())
+    late = request("late", prompts(30)[0], BOTH, seed=1, max_tokens=20)
+    dropped = request("dropped", prompts(8)[0], BOTH, seed=2, max_tokens=60)
+    first = request("first", prompts(9)[0], BOTH, seed=3, max_tokens=20)
+    expected = [alone(first), alone(late)]
+    told: list[int] = []
+    asked: list[Future] = []
+
+    class Interrupted(Engine):
+        """While its third step's base model runs, a request comes, another is dropped, and somebody asks a question."""
+
+        def parts(self):
+            for tokens in super().parts():
+                if len(told) == 2 and not asked:
+                    asked.append(loop.submit(late))
+                    loop.abort("dropped")
+                    asked.append(loop.call(lambda engine: (engine.running, len(told))))
+                yield tokens
+
+    loop = Loop(lambda: Interrupted(base, scorers_of(models)), after=lambda tokens, _: told.append(tokens))
+    both = Event()
+    loop.call(lambda engine: both.wait(30))
+    futures = [loop.submit(first), loop.submit(dropped)]
+    both.set()
+    assert [futures[0].result(60).token_ids, asked[0].result(60).token_ids] == expected
+    assert told[told.index(3) :][:2] == [3, 0], "the late one's first token, and then what was put off"
+    assert asked[1].result(60) == (2, told.index(3) + 2)
+    assert not futures[1].done()
