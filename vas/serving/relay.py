@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+import grpc
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -119,7 +120,7 @@ def _is_lost(error: BaseException) -> bool:
         return True
     if any(isinstance(cause, EngineDied) for cause in causes(error)):
         return True
-    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+    return isinstance(error, RayError | grpc.RpcError) and not isinstance(error, RayTaskError)
 
 
 def _as_api_error(error: BaseException) -> BaseException:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,19 +27,7 @@ PAUSE = 0.2  # seconds between attempts
 REST = 5.0  # seconds that a greeting may take, after which another is sent
 
 
-class Pending(Protocol):
-    """A call under way."""
-
-    def result(self, timeout_s: float) -> Reply:
-        """The reply; raises whatever became of the call."""
-        ...
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more."""
-        ...
-
-
-Ask = Callable[[str | None, Question], Pending]
+Ask = Callable[[str | None, Question], Future[Reply]]
 """Begins a call to the replica named, or to any."""
 
 
@@ -63,7 +51,7 @@ class _Asked:
     """A step's question to one replica."""
 
     rows: list[int]
-    call: Pending
+    call: Future[Reply]
     deadline: float = 0.0
     reply: Reply | None = None
 
@@ -93,7 +81,7 @@ class RemoteScorer:
         self._sequences: dict[Hashable, _Remote] = {}
         self._closed: dict[str, list[int]] = {}
         self._opened = 0
-        self._greeting: Pending | None = None  # under way since a question found no answer
+        self._greeting: Future[Reply] | None = None  # under way since a question found no answer
         self._greeted = 0.0
 
     def limit(self, kv_tokens: int | None) -> None:
@@ -170,7 +158,7 @@ class RemoteScorer:
             if self._greeting is None:
                 return False
             try:
-                self._greeting.result(timeout_s=0)
+                self._greeting.result(timeout=0)
             except TimeoutError:
                 if time.monotonic() < self._greeted + REST:
                     return True
@@ -203,7 +191,7 @@ class RemoteScorer:
         members = [self._sequences[batch.sequences[batch.rows[row]]] for row in asked.rows]
         replica = None
         try:
-            reply = asked.call.result(timeout_s=min(ATTEMPT, max(0.01, asked.deadline - time.monotonic())))
+            reply = asked.call.result(timeout=min(ATTEMPT, max(0.01, asked.deadline - time.monotonic())))
         except Exception as error:
             with suppress(Exception):
                 asked.call.cancel()
@@ -229,7 +217,7 @@ class RemoteScorer:
         asked.call = self._begin(replica, asked.rows, batch)
         return False
 
-    def _begin(self, replica: str | None, rows: list[int], batch: ScoreBatch) -> Pending:
+    def _begin(self, replica: str | None, rows: list[int], batch: ScoreBatch) -> Future[Reply]:
         members = [self._sequences[batch.sequences[batch.rows[row]]] for row in rows]
         closed = self._closed.pop(replica, []) if replica else []
         return self._ask(replica, self._question(members, rows, batch, closed))
