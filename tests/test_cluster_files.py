@@ -74,6 +74,8 @@ def faults(config: Config) -> list[str]:
         found.append("starts without a token")
     if "--dashboard-host=127.0.0.1 " not in commands[0]:
         found.append("shows its dashboard")
+    if not all(f" {name}={value} " in command for name, value in SERVE_ENVIRONMENT.items() for command in commands):
+        found.append("lets deployments speak slowly")
     unknown = {word for command in commands for word in re.findall(r"--[\w-]+", command)} - RAY_KNOWS
     found += [f"ray start does not know {option}" for option in sorted(unknown)]
     kinds = config["available_node_types"]

@@ -71,8 +71,8 @@ case ${1:-} in
 esac
 
 # Deployments speak gRPC with each other, each in one event loop, as `vas serve` has it
-export RAY_SERVE_USE_GRPC_BY_DEFAULT=1 RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0
-export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0 RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE=1000
+export RAY_SERVE_USE_GRPC_BY_DEFAULT=1
+export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0 RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0
 export RAY_AUTH_MODE=token
 if [[ -z ${RAY_AUTH_TOKEN:-} ]]; then
   if [[ -O $token ]]; then chmod 600 "$token"; fi

@@ -28,7 +28,6 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
 }
 # A cluster of one machine that ends with the run: nobody preempts it, and its logs are our own.
 LOCAL_ENVIRONMENT = SERVE_ENVIRONMENT | {
