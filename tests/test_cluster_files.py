@@ -75,7 +75,7 @@ def faults(config: Config) -> list[str]:
     if "--dashboard-host=127.0.0.1 " not in commands[0]:
         found.append("shows its dashboard")
     if not all(f" {name}={value} " in command for name, value in SERVE_ENVIRONMENT.items() for command in commands):
-        found.append("lets deployments speak slowly")
+        found.append("lets requests wait for threads")
     unknown = {word for command in commands for word in re.findall(r"--[\w-]+", command)} - RAY_KNOWS
     found += [f"ray start does not know {option}" for option in sorted(unknown)]
     kinds = config["available_node_types"]
@@ -237,7 +237,7 @@ def test_several_can_share_a_machine(tmp_path):
     assert len(ports) == len(set(ports)) == 8 + 1 + 6
 
 
-def test_the_token_mode_and_how_deployments_speak_reach_ray(tmp_path):
+def test_the_token_mode_and_what_serve_is_told_reach_ray(tmp_path):
     shows = tmp_path / "shows"
     shows.write_text("#!/bin/sh\nenv\n")
     shows.chmod(0o755)

@@ -70,8 +70,7 @@ case ${1:-} in
   *) usage ;;
 esac
 
-# Deployments speak gRPC with each other, each in one event loop, as `vas serve` has it
-export RAY_SERVE_USE_GRPC_BY_DEFAULT=1
+# A deployment's code and its handles share an event loop, as `vas serve` has it
 export RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD=0 RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0
 export RAY_AUTH_MODE=token
 if [[ -z ${RAY_AUTH_TOKEN:-} ]]; then

@@ -21,7 +21,7 @@ from tiny import tiny_tokenizer, tiny_value
 from tools import command, descendants, wait_until
 
 from benchmarks.llama import free_port
-from vas.run.cluster import SERVE_ENVIRONMENT
+from vas.run.cluster import LOCAL_ENVIRONMENT
 from vas.serving.app import build
 
 PORT = free_port()  # two test processes may serve at once
@@ -42,7 +42,7 @@ def keys_of(folder: Path, **more: Any) -> dict[str, Any]:
 @contextmanager
 def cluster(cpus: int = 12) -> Iterator[None]:
     """Ray with so many logical CPUs, as `vas serve` begins it, and Serve's proxy."""
-    with patch.dict(os.environ, SERVE_ENVIRONMENT):
+    with patch.dict(os.environ, LOCAL_ENVIRONMENT):
         ray.init("local", num_cpus=cpus, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
         with proxy():
             yield
