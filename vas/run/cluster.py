@@ -32,8 +32,8 @@ SERVE_ENVIRONMENT = {
 LOCAL_ENVIRONMENT = SERVE_ENVIRONMENT | {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # With the loops above, HTTP and Ray take 30 ms of a first token instead of 48. Not for several machines: of one that
-    # has vanished gRPC hears after minutes
+    # With the loops above, HTTP and Ray take 30 ms of a first token instead of 48. Not for several machines: gRPC hears
+    # after minutes that one has vanished
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second takes 4 % of a core from the engine
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # again ten times a second, 1 % of a core
