@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +15,7 @@ import pytest
 import schemathesis
 from command import ROOT, blocks
 from hypothesis import HealthCheck, given, settings
+from ray.serve.handle import DeploymentHandle
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -24,6 +29,7 @@ from vas.decoding.scorer import make_scorer
 from vas.decoding.sequence import GuidanceParams, Request, SamplingParams
 from vas.models.base import encode_prompt, load_base
 from vas.models.value import ValueModel
+from vas.run.cluster import LOCAL_ENVIRONMENT
 from vas.run.directory import RunDirectory
 from vas.schema import Prompt
 from vas.serving.keys import new_key
@@ -283,6 +289,15 @@ def test_the_example_of_the_readme_runs(keys):
         code = code.replace(shown, here)
     exec(code, space := {})
     assert space["chat"].choices[0].message.content
+
+
+def test_how_a_replica_calls_is_settled_where_it_runs():
+    bound = pickle.dumps(DeploymentHandle("BaseModel", "vas"))  # by a process that Serve's variables came too late for
+    code = "import pickle, sys; from vas.serving.calls import own; handle = own(pickle.load(sys.stdin.buffer)); "
+    code += "print(handle.app_name, handle.deployment_name, handle.handle_options._by_reference)"
+    there = os.environ | LOCAL_ENVIRONMENT
+    done = subprocess.run([sys.executable, "-c", code], input=bound, env=there, capture_output=True, check=True)
+    assert done.stdout.split() == [b"vas", b"BaseModel", b"False"]
 
 
 def test_metrics_count_what_was_done():

@@ -35,6 +35,7 @@ LOCAL_ENVIRONMENT = SERVE_ENVIRONMENT | {
     # With the loops above, HTTP and Ray take 30 ms of a first token instead of 48. Not for several machines: gRPC hears
     # after minutes that one has vanished
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "grpc_proxy": "",  # or gRPC asks the machine's HTTP proxy for its neighbours
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second takes 4 % of a core from the engine
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",  # again ten times a second, 1 % of a core
     # Without a dashboard nobody reads the figures of processes, and we show no worker's log: 2 % of a core

@@ -23,7 +23,7 @@ from vas.errors import EngineDied, Rejected, VasError
 from vas.models.base import quieten, set_threads
 from vas.models.served import ServedModel, open_base
 from vas.models.value import ValueModelConfig, check_tokenizers
-from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question, Reply
+from vas.serving.calls import ENGINE_DIED, OVERLOADED, Event, Question, Reply, own
 from vas.serving.config import Settled, ValueModelSpec
 from vas.serving.metrics import EngineMetrics
 from vas.serving.remote import RemoteScorer
@@ -38,7 +38,8 @@ class BaseReplica:
 
     def __init__(self, settled: Settled, handles: dict[str, DeploymentHandle]) -> None:
         quieten()
-        self._settled, self._handles = settled, handles
+        self._settled = settled
+        self._handles = {name: own(handle) for name, handle in handles.items()}
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(self._replica)
         self._streams: dict[_Mailbox, dict[int, str]] = {}

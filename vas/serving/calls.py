@@ -1,10 +1,11 @@
-"""What travels between the deployments: plain data, pickled by Ray inside the cluster and never by a client."""
+"""What travels between the deployments, and by which handles: plain data, pickled inside the cluster alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from ray.serve.handle import DeploymentHandle
 
 from vas.decoding.sequence import Token
 
@@ -43,6 +44,11 @@ class Question:
         lists = {name: getattr(self, name)[part] for name in ("sequences", "held", "fresh", "shared")}
         arrays = {name: getattr(self, name)[part] for name in ("candidates_BK", "valid_BK", "strengths_BJ", "soft_B")}
         return replace(self, **lists, **arrays, rows=list(range(len(lists["sequences"]))), closed=[])
+
+
+def own(handle: DeploymentHandle) -> DeploymentHandle:
+    """The handle as this process makes it: how it calls is settled by the environment of whoever made it."""
+    return DeploymentHandle(handle.deployment_name, handle.app_name)
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from vas.configfile import validated
 from vas.errors import VasError, as_vas_error
 from vas.serving import openapi
 from vas.serving.answers import Answer, ChatAnswer, sse
+from vas.serving.calls import own
 from vas.serving.config import Gate, Settled, merged
 from vas.serving.errors import ApiError
 from vas.serving.front import Front, body_of
@@ -103,7 +104,7 @@ class Gateway:
     """Reads requests, asks the base model's replicas, and sends what comes of it."""
 
     def __init__(self, settled: Settled, digests: dict[str, str], base: DeploymentHandle) -> None:
-        self._base = base
+        self._base = own(base)
         self.served = Served.of(settled, digests)
         self.metrics = GatewayMetrics()
         self._first = settled.serving.gate

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -193,8 +192,7 @@ class RemoteScorer:
         try:
             reply = asked.call.result(timeout=min(ATTEMPT, max(0.01, asked.deadline - time.monotonic())))
         except Exception as error:
-            with suppress(Exception):
-                asked.call.cancel()
+            asked.call.cancel()
             for each in members:
                 each.forget()
             logger.warning("value model %s: a replica was lost (%s)", self.name, type(error).__name__)
