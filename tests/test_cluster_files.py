@@ -148,6 +148,7 @@ MISTAKES: dict[str, Callable[[Config], Any]] = {
     "open to everywhere": lambda c: c["provider"].update(security_group={"IpPermissions": [{"CidrIp": "0.0.0.0/0"}]}),
     "brings no token": lambda c: c["file_mounts"].pop("~/.ray/auth_token"),
     "starts without a token": lambda c: c["worker_start_ray_commands"].append("ray start --address=$RAY_HEAD_IP:6379"),
+    "lets requests wait for threads": lambda c: c["worker_start_ray_commands"].append("RAY_AUTH_MODE=token ray start "),
     "shows its dashboard": lambda c: c.pop("head_start_ray_commands"),  # Ray's own is 0.0.0.0
     "ray start does not know --dashbord-port": lambda c: c["head_start_ray_commands"].append("--dashbord-port=1"),
     "has no bound": lambda c: c.update(max_workers=100),

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import httpx2 as httpx
 import openai
@@ -21,7 +20,8 @@ from tiny import tiny_tokenizer, tiny_value
 from tools import command, descendants, wait_until
 
 from benchmarks.llama import free_port
-from vas.run.cluster import LOCAL_ENVIRONMENT
+from vas.config import Resources
+from vas.run.cluster import ray_cluster
 from vas.serving.app import build
 
 PORT = free_port()  # two test processes may serve at once
@@ -42,10 +42,8 @@ def keys_of(folder: Path, **more: Any) -> dict[str, Any]:
 @contextmanager
 def cluster(cpus: int = 12) -> Iterator[None]:
     """Ray with so many logical CPUs, as `vas serve` begins it, and Serve's proxy."""
-    with patch.dict(os.environ, LOCAL_ENVIRONMENT):
-        ray.init("local", num_cpus=cpus, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-        with proxy():
-            yield
+    with ray_cluster(Resources(num_cpus=cpus, object_store_memory=200 * 2**20), spare_cpus=0), proxy():
+        yield
 
 
 @contextmanager
@@ -88,8 +86,11 @@ def states() -> list[dict[str, Any]]:
 
 def idle(seconds: float = 20) -> dict[str, Any]:
     """The base model's replica, once nothing is under way."""
-    nothing = lambda: next((state for state in states() if not state["running"] + state["waiting"]), None)  # noqa: E731
-    return wait_until(nothing, seconds, "idle", 0.1)
+
+    def at_rest() -> dict[str, Any] | None:
+        return next((state for state in states() if not state["running"] + state["waiting"]), None)
+
+    return wait_until(at_rest, seconds, "idle", 0.1)
 
 
 def get(path: str, **options: Any) -> httpx.Response:

@@ -46,11 +46,6 @@ class Question:
         return replace(self, **lists, **arrays, rows=list(range(len(lists["sequences"]))), closed=[])
 
 
-def own(handle: DeploymentHandle) -> DeploymentHandle:
-    """The handle as this process makes it: how it calls is settled by the environment of whoever made it."""
-    return DeploymentHandle(handle.deployment_name, handle.app_name)
-
-
 @dataclass(slots=True)
 class Reply:
     """The answer to a Question."""
@@ -99,3 +94,8 @@ class Objective:
     reward_version: str
     relative: bool
     """Whether its values only compare next tokens."""
+
+
+def own(handle: DeploymentHandle) -> DeploymentHandle:
+    """The handle as this process makes it: how it calls is settled by the environment of whoever made it."""
+    return DeploymentHandle(handle.deployment_name, handle.app_name)
