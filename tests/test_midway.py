@@ -1,6 +1,7 @@
 """Requests may join in the middle of a step, and tokens are told as soon as they are drawn."""
 
 import itertools
+import random
 import time
 from concurrent.futures import Future
 from threading import Event
@@ -63,34 +64,28 @@ def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_sam
     assert rows_in_use(engine) == [0, 0, 0]
 
 
-def seated(runner, texts):
-    """Sequences with a row of the cache, as they come."""
-    for i, text in enumerate(texts):
-        runner.cache.add(i)
-        yield i, text
-
-
 @torch.inference_mode()
-@pytest.mark.parametrize("first", [0, 1, 2])
-def test_who_boards_a_pass_between_two_layers_has_the_logits_of_a_pass_of_its_own(first):
-    """Some board after each layer from the first, and the cache grows under those that are on their way."""
+def test_other_passes_between_two_layers_leave_a_pass_as_it_is():
+    """The cache grows under those that are on their way, and who has come after them may go before them."""
     own, others = LocalRunner(tiny_base("llama").model), LocalRunner(tiny_base("llama").model)
-    texts = prompts(60, 3, 70, 1, 9)
+    texts = dict(enumerate(prompts(60, 3, 70, 1, 9)))
+    begun = prompts(2, seed=3)[0]
     for runner in (own, others):
-        runner.cache.add("before")
-        runner.extend(["before"], prompts(2, seed=3))
-    alone_BV = torch.cat([own.extend([i], [text], logits=True, last=True) for i, text in seated(own, texts)])
-    rows = seated(others, texts)
-    flight = others.appending(*zip(*[next(rows), next(rows)], strict=True))
-    for layer in range(LAYERS):
-        assert flight.advance() == (layer < LAYERS - 1)
-        if layer >= first:
-            flight.board(*zip(next(rows), strict=True))
-    logits_BV = flight.logits()
-    assert len(logits_BV) == 5 - first
-    assert torch.allclose(logits_BV, alone_BV[: len(logits_BV)], atol=1e-5)
-    assert others.cache.grown > 2
-    for i in range(len(logits_BV)):  # what they have left in the cache is as good
+        for i in texts:
+            runner.cache.add(i)
+            if i < 2:
+                runner.extend([i], [begun])
+    alone_BV = torch.cat([own.extend([i], [texts[i]], logits=True, last=True) for i in texts])
+    flight, after = others.appending([0, 1], [texts[0], texts[1]]), [2, 3]
+    while flight.advance():
+        late = after.pop(0)
+        assert torch.allclose(others.extend([late], [texts[late]], logits=True, last=True), alone_BV[[late]], atol=1e-5)
+        if late == 3:
+            others.cache.free(2)
+    assert not after
+    assert torch.allclose(flight.logits(), alone_BV[:2], atol=1e-5)
+    assert others.cache.grown > 1
+    for i in (0, 1, 3):  # what they have left in the cache is as good
         both = [runner.extend([i], [(5,)], logits=True) for runner in (own, others)]
         assert torch.allclose(*both, atol=1e-5)
 
@@ -100,13 +95,16 @@ def test_a_request_may_come_after_any_layer_of_the_base_model(after, monkeypatch
     _, _, engine = guided_setup("llama", ending=())
     ran = counting(engine, monkeypatch)
     requests = [request(str(i), p, BOTH if i % 2 else {}, seed=i) for i, p in enumerate(prompts(9, 30, 12))]
-    requests += [request("shares", (*requests[0].prompt_token_ids[:7], 4, 2), BOTH, seed=8)]
+    requests += [request("again", (*requests[0].prompt_token_ids[:7], 4, 2), seed=8)]  # but for the last two
     engine.add(requests[0])
     engine.step()
     del ran[:]
-    begun = [token.request_id for part in step_and_add(engine, requests[1:], after) for token in part]
-    assert sorted(begun) == ["0", "1", "2", "shares"]
-    assert len(ran) == 2, "what joins catches up together"
+    told = [sorted(token.request_id for token in part) for part in step_and_add(engine, requests[1:], after)]
+    if after < LAYERS:
+        assert told == [["1", "2", "again"], ["0"]], "they do not wait for the pass"
+    else:
+        assert told == [["0", "1", "2", "again"]]
+    assert ran == [1, 30 + 12 + 2], "what comes has a pass of its own"
     assert {name: each.token_ids for name, each in drain(engine).items()} == {
         each.request_id: alone(each) for each in requests
     }
@@ -131,19 +129,76 @@ def test_requests_come_after_one_layer_and_another_within_a_budget():
     }
 
 
-def test_the_first_that_come_board_a_pass_and_the_others_share_one(monkeypatch):
+def test_the_first_that_come_are_begun_between_two_layers_and_the_others_share_a_pass_at_the_end(monkeypatch):
     _, _, engine = guided_setup("llama", ending=())
     requests = [request(str(i), p, seed=i) for i, p in enumerate(prompts(9, 30, 12, 14))]
     engine.add(requests[0])
-    ran, parts = counting(engine, monkeypatch), engine.parts()
-    for late in requests[1:]:
-        next(parts)
-        engine.add(late)
-    assert sorted(token.request_id for part in parts for token in part) == ["0", "1", "2", "3"]
+    ran, told = counting(engine, monkeypatch), []
+    for number, part in enumerate(engine.parts(), 1):
+        told.append([token.request_id for token in part])
+        if number < len(requests):
+            engine.add(requests[number])
+    assert told == [[], ["1"], [], [], ["0", "2", "3"], []]
     assert ran == [9, 30, 12 + 14]
     assert {name: each.token_ids for name, each in drain(engine).items()} == {
         each.request_id: alone(each) for each in requests
     }
+
+
+def test_who_ends_with_a_token_between_two_layers_leaves_the_pass_alone():
+    """One of two that are begun there, the first: the second moves into its row."""
+    _, _, engine = guided_setup("llama", ending=())
+    requests = [request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30, 12, 14))]
+    requests[2] = request("short", requests[2].prompt_token_ids, BOTH, seed=2, max_tokens=1)
+    for each in requests[:2]:
+        engine.add(each)
+    engine.step()
+    first, _ = step_and_add(engine, requests[2:], 1)
+    assert [(token.request_id, token.finish_reason) for token in first] == [("short", "length"), ("3", None)]
+    done = {"short": engine.take("short")} | drain(engine)
+    assert {name: each.token_ids for name, each in done.items()} == {each.request_id: alone(each) for each in requests}
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_comes_between_whichever_layers_is_as_it_would_be_alone(seed):
+    """Requests of all kinds, at random parts of steps, into an engine with too little room for all of them."""
+    rng = random.Random(seed)
+    base, models, _ = guided_setup("llama", ending=())
+    engine = Engine(base, scorers_of(models), max_sequences=5, kv_tokens=5 * COLUMNS, prefill_tokens=60)
+    kinds: list[dict] = [{}, {}, ONE, BOTH]
+    texts = prompts(*(rng.choice([1, 2, 9, 30, 140]) for _ in range(16)), seed=seed)
+    requests = [
+        request(str(i), text, rng.choice(kinds), seed=i, max_tokens=rng.choice([1, 2, 7, 12]))
+        for i, text in enumerate(texts)
+    ]
+    to_come, done, told = list(requests), {}, {each.request_id: [] for each in requests}
+    while to_come or engine.busy:
+        if to_come and not engine.busy:
+            engine.add(to_come.pop(0))
+        for part in engine.parts():
+            for token in part:
+                told[token.request_id].append(token.token_id)
+                if token.finish_reason:
+                    done[token.request_id] = engine.take(token.request_id).token_ids
+            if to_come and rng.random() < 0.15:
+                engine.add(to_come.pop(0))
+    assert done == told == {each.request_id: alone(each) for each in requests}
+    assert rows_in_use(engine) == [0, 0, 0]
+
+
+def test_who_asks_a_value_model_elsewhere_is_not_begun_between_two_layers(monkeypatch):
+    """It is asked once a step, for all of them."""
+    _, _, engine = guided_setup("llama", ending=())
+    monkeypatch.setattr("vas.decoding.stepper.InProcess", type(None))
+    requests = [
+        request(str(i), p, objectives)
+        for i, (p, objectives) in enumerate(zip(prompts(9, 30, 12), (ONE, ONE, {}), strict=True))
+    ]
+    engine.add(requests[0])
+    engine.step()
+    told = [[token.request_id for token in part] for part in step_and_add(engine, requests[1:], 1)]
+    assert told == [["2"], ["0", "1"]]
 
 
 def test_who_takes_the_parts_of_a_step_takes_no_time_of_its_clock():
@@ -172,8 +227,8 @@ def test_who_has_no_room_is_not_looked_at_again_before_another_leaves(monkeypatc
     assert {name: each.token_ids for name, each in done.items()} == {each.request_id: alone(each) for each in requests}
 
 
-def test_switched_off_requests_that_come_midway_have_passes_of_their_own(monkeypatch):
-    monkeypatch.setenv("VAS_OFF", "boarding")
+def test_switched_off_requests_that_come_midway_wait_for_the_end_of_the_pass(monkeypatch):
+    monkeypatch.setenv("VAS_OFF", "between_layers")
     _, _, engine = guided_setup("llama", ending=())
     ran = counting(engine, monkeypatch)
     requests = [request(str(i), p, seed=i) for i, p in enumerate(prompts(9, 30))]

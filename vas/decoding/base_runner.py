@@ -105,7 +105,7 @@ class BaseRunner(Protocol):
         ...
 
     def flight(self, sequences: Sequence[Running]) -> Flight | None:
-        """The pass that gives their `logits`, for others to board; None where it cannot be taken apart."""
+        """The pass that gives their `logits`, a layer at a time; None where it cannot be taken apart."""
         ...
 
     def certain(self, guided_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:
@@ -146,7 +146,7 @@ class LocalRunner(ModelRunner):
         return self.extend(*to_run(sequences), logits=True, last=True)
 
     def flight(self, sequences: Sequence[Running]) -> Flight | None:
-        """The same pass, for others to board; None where threads share it out, or it is not the engine's own code."""
+        """The same pass, in layers; None where threads share it out, or it is not the engine's own code."""
         return self.appending(*to_run(sequences))
 
     def certain(self, guided_BV: Tensor, knobs: Sequence[SamplingParams]) -> Tensor:

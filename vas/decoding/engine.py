@@ -218,10 +218,10 @@ class Engine:
     def parts(self) -> Iterator[list[Token]]:
         """A step, with tokens as soon as they are drawn: first those that need not wait for others' value models.
 
-        Those are the ones that begin a response, and those of requests without guidance. Parts without a token come
-        before them, between the layers of the base model. Whoever takes the parts may add requests between two of them,
-        and do nothing else with the engine; a request that comes before the first tokens may have its own among them. A
-        part that fails has taken in no token; to leave early is to fail.
+        Those are the ones that begin a response, and those of requests without guidance. Before them come parts between
+        the layers of the base model, without a token, or with the first tokens of requests that have come meanwhile.
+        Whoever takes the parts may add requests between two of them, and do nothing else with the engine. A part that
+        fails has taken in no token; to leave early is to fail.
         """
         try:
             for tokens in self._stepper.parts():

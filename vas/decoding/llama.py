@@ -77,11 +77,6 @@ class Underway:
     h_NH: Tensor
     turn_N1D: Tensor
 
-    def joined_by(self, others: Underway) -> None:
-        """From here on others, which have come as far, are the last of these tokens."""
-        self.h_NH = torch.cat([self.h_NH, others.h_NH])
-        self.turn_N1D = torch.cat([self.turn_N1D, others.turn_N1D])
-
 
 class FusedLlama:
     """A Llama, Mistral or Qwen2 model, with or without its output layer.

@@ -106,8 +106,8 @@ class ModelRunner:
         self.cache = KVCache(model.device, limit, aside)
         self.uniform = Uniform(fused, self.cache) if fused and aside else None
         """For steps whose shapes recur, where it pays to run them so."""
-        self._boardable = fused if self.ragged and not switches.off("boarding") else None
-        """A model whose passes others may board between two layers."""
+        self._resting = fused if self.ragged and not switches.off("between_layers") else None
+        """A model whose passes may rest between two layers."""
 
     def spare(self) -> None:
         """Let go of what only makes passes faster."""
@@ -225,17 +225,13 @@ class ModelRunner:
         return torch.cat([ids for ids, _ in parts]), [where for _, where in parts]
 
     def appending(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> Flight | None:
-        """A pass that appends tokens to sequences, which others may board; None where it cannot be taken apart."""
-        if self._boardable is None or len(self._spans(_counts(tokens))) > 1:
+        """A pass that appends tokens to sequences, a layer at a time; None where it cannot be taken apart."""
+        counts, none = _counts(tokens), np.empty(0, int)
+        if self._resting is None or len(self._spans(counts)) > 1:
             return None
-        return Flight(self._boardable, self._lay_out, owners, tokens)
-
-    def _lay_out(self, owners: Sequence[Hashable], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, list[Pass]]:
-        """Ids of tokens to append to sequences, and where they lie."""
-        none = np.empty(0, int)
-        laid_out = self._parts(owners, tokens, none, none, slice(0, len(owners)))
-        self._lengthen(owners, _counts(tokens))
-        return laid_out
+        ids_N, passes = self._parts(owners, tokens, none, none, slice(0, len(owners)))
+        self._lengthen(owners, counts)
+        return Flight(self._resting, ids_N, joined(passes), _ends(tokens, self.device))
 
     def _part(
         self,

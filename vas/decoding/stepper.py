@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 
 import torch
 
 from vas.decoding import switches
-from vas.decoding.base_runner import BaseRunner, Drawable, to_run
+from vas.decoding.base_runner import BaseRunner, Drawable
 from vas.decoding.blocks import Block, choose
 from vas.decoding.clock import Clock
 from vas.decoding.flight import Flight
@@ -96,7 +96,7 @@ class Stepper:
             self.send_back(youngest)
 
     def _admit(self) -> list[Sequence]:
-        """Let waiting sequences in, with a row in every cache they need."""
+        """Let waiting sequences in, with a row in every cache they need; they are the last ones that run."""
         fresh = self._scheduler.admit()
         for sequence in fresh:
             self._prefixes.open(sequence)
@@ -125,23 +125,25 @@ class Stepper:
     def _pass(self, sequences: list[Sequence], budget: int) -> Generator[list[Token], None, Drawable]:
         """The base model's pass over these, and over those that come meanwhile, which need not wait for the next step.
 
-        The first ones that come board it; those after them have a pass of their own. Only with short prompts, within a
-        budget of tokens, for all others wait for them.
+        The first ones that come have a pass of their own between two layers of it, and their first token at once; those
+        after them share one at its end. Only with short prompts, within a budget of tokens, for all others wait for
+        them. Their rows are the last ones: who ends with the first token moves none that the pass is over.
         """
         if not self._scheduler.joint:
             return self._logits(sequences)
         with self._clock.part("base"):
             flight = self._runner.flight(sequences)
-        late: list[Sequence] = []
+        before, begun = len(self._scheduler.running), list[Sequence]()
         while flight and self._advance(flight):
             yield []  # requests may come
-            if not late and (late := self._late(budget)):
-                budget -= sum(sequence.unread for sequence in late)
-                with self._clock.part("base"):
-                    flight.board(*to_run(late))
-        drawable = self._logits([*sequences, *late], flight)
+            if not begun and (begun := self._late(before, budget, self._goes_first)):
+                budget -= sum(sequence.unread for sequence in begun)
+                with self._clock.part("overhead"):
+                    tokens = self._take_drawn(self._draw(self._logits(begun)))
+                yield tokens
+        drawable = self._logits(sequences, flight)
         yield []
-        late = self._late(budget)
+        late = self._late(before, budget, lambda sequence: sequence not in begun)
         return drawable.joined_by(self._logits(late)) if late else drawable
 
     def _advance(self, flight: Flight) -> bool:
@@ -153,13 +155,13 @@ class Stepper:
         with self._clock.part("base"):
             return Drawable(list(sequences), flight.logits() if flight else self._runner.logits(sequences))
 
-    def _late(self, budget: int) -> list[Sequence]:
-        """Sequences that may join a step that has begun, of those that have come since."""
+    def _late(self, before: int, budget: int, wanted: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Sequences that may join a step that has begun, of those that have come since so many were running."""
         with self._clock.part("overhead"):
-            fresh = self._admit()
-            if fresh:
+            if self._admit():
                 self._prefixes.inherit(self._scheduler.sharing())
-            return self._scheduler.ready(budget, [s for s in fresh if not s.blockwise])
+            came = [s for s in self._scheduler.running[before:] if not s.blockwise and wanted(s)]
+            return self._scheduler.ready(budget, came)
 
     def _draw(self, drawable: Drawable) -> list[_Drawn]:
         """A token for each of these; continuations of blocks keep theirs."""

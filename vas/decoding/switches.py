@@ -12,7 +12,7 @@ NAMES = {
     "cuda_graphs": "decoding steps of one shape are recorded once and replayed on a GPU",
     "lanes": "a pass of many tokens is shared out among a CPU's threads by sequences (else each product is)",
     "joint_prefill": "short prompts are read in the pass that decodes other sequences (else in one of their own)",
-    "boarding": "requests join a pass of the base model's that is under way (else after it, with one of their own)",
+    "between_layers": "a request that comes during the base model's pass is begun between two layers (else after it)",
     "first_tokens": "first tokens, and those without guidance, do not wait for others' value models (else for all)",
     "shared_prefixes": "prompts that begin alike are read once",
 }
