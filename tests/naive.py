@@ -336,9 +336,14 @@ def counting(engine: Engine, monkeypatch) -> list[int]:
     return ran
 
 
-def alone(asked) -> list[int]:
+def alone(asked: Request) -> list[int]:
     """A request's tokens in an engine of its own that reads prompts in passes of their own."""
+    return whole_alone(asked).token_ids
+
+
+def whole_alone(asked: Request) -> Completion:
+    """All that becomes of a request in such an engine."""
     base, models, _ = guided_setup("llama", ending=())
     engine = Engine(base, scorers_of(models))
     engine._scheduler.joint = 0
-    return engine.generate([asked])[0].token_ids
+    return engine.generate([asked])[0]
