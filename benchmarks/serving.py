@@ -213,17 +213,14 @@ def rows_of(done: list[Turn], guided: bool) -> Iterator[Row]:
     """Medians over the turns of each case, and of its ratios to the bare engine's turns before and after it."""
     kind = "steered" if guided else "base model"
     ratios: dict[str, float] = {}
-    cases = [case for case in CASES if any(turn.case == case for turn in done)]
+    triples = list(zip(done, done[1:], done[2:], strict=False))
+    cases = [case for case in CASES if any(turn.case == case for _, turn, _ in triples)]
     for case in (BARE, *cases):
         own = [turn.measured[guided] for turn in done if turn.case == case]
         yield Row(f"{case}, {kind}", "throughput", median(each.rate for each in own), "tokens/s")
         yield Row(f"{case}, {kind}", "time to first token, median", median(each.first_ms for each in own), "ms")
     for case in cases:
-        beside = [
-            tuple(turn.measured[guided] for turn in three)
-            for three in zip(done, done[1:], done[2:], strict=False)
-            if three[1].case == case
-        ]
+        beside = [tuple(turn.measured[guided] for turn in three) for three in triples if three[1].case == case]
         ratios[case] = median(2 * own.rate / (before.rate + after.rate) for before, own, after in beside)
         later = median(own.first_ms - (before.first_ms + after.first_ms) / 2 for before, own, after in beside)
         if case != "deployment":
@@ -248,11 +245,13 @@ def main() -> None:
     lengths = spread(arguments.requests, *arguments.lengths)
     setting = Setting.load(MODEL, LAYERS, None, "auto")
     done: list[Turn] = []
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, suppress(KeyboardInterrupt):  # whoever has no time has what is there so far
         setting.value.save(folder, setting.base.tokenizer, "# A random one")
         for turn in turns(arguments.rounds, arguments.cases, folder, setting, lengths):
             done.append(turn)
             console.print(str(turn), highlight=False)
+    if not done:
+        return
     rows = [row for guided in (False, True) for row in rows_of(done, guided)]
     idle = median(turn.idle for turn in done if turn.case == BARE)
     rows.append(Row("Ray, idle beside the bare engine", "share of the CPUs", idle, ""))
