@@ -18,6 +18,7 @@ from vas.models.base import BaseModel
 
 NEVER = float("-inf")
 VOCAB = 290
+LAYERS = 3  # of the base models
 
 ONE = {"positive": 2.0}
 TWO = {"positive": 1.5, "concise": -1.0}
@@ -347,3 +348,8 @@ def whole_alone(asked: Request) -> Completion:
     engine = Engine(base, scorers_of(models))
     engine._scheduler.joint = 0
     return engine.generate([asked])[0]
+
+
+def assert_as_alone(done: dict[str, Completion], requests: list[Request]) -> None:
+    """These requests, and no others, are done, with the tokens that each has alone."""
+    assert {name: each.token_ids for name, each in done.items()} == {each.request_id: alone(each) for each in requests}

@@ -1,20 +1,18 @@
-"""Requests may join in the middle of a step, and tokens are told as soon as they are drawn."""
+"""Requests may join in the middle of a step."""
 
-import itertools
 import random
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from threading import Event
-from types import SimpleNamespace
 
 import pytest
 import torch
 from naive import (
     BOTH,
+    LAYERS,
     ONE,
     alone,
-    before_draws,
+    assert_as_alone,
     counting,
     drain,
     guided_setup,
@@ -31,9 +29,6 @@ from vas.decoding.cache import COLUMNS
 from vas.decoding.engine import Engine
 from vas.decoding.loop import Loop
 
-LAYERS = 3
-"""Of the base model."""
-
 
 def step_and_add(engine: Engine, requests: list, after: int = LAYERS) -> list[list]:
     """A step in the middle of which requests come, after so many layers of the base model; its parts with tokens."""
@@ -42,11 +37,6 @@ def step_and_add(engine: Engine, requests: list, after: int = LAYERS) -> list[li
     for each in requests:
         engine.add(each)
     return [part for part in parts if part]
-
-
-def told(engine: Engine) -> list[list[str]]:
-    """Whose tokens each part of a step brings, of those that bring any."""
-    return [[token.request_id for token in part] for part in engine.parts() if part]
 
 
 def test_a_request_that_comes_while_the_base_model_runs_has_its_token_in_the_same_step():
@@ -127,9 +117,7 @@ def test_requests_come_after_one_layer_and_another_within_a_budget():
     begun += [token for part in parts for token in part]
     assert sorted(token.request_id for token in begun) == ["0", "1", "2"], "the third's tokens are too many"
     engine.add(requests[4])
-    assert {name: each.token_ids for name, each in drain(engine).items()} == {
-        each.request_id: alone(each) for each in requests
-    }
+    assert_as_alone(drain(engine), requests)
 
 
 def test_the_first_that_come_are_begun_between_two_layers_and_the_others_share_a_pass_at_the_end(monkeypatch):
@@ -143,9 +131,7 @@ def test_the_first_that_come_are_begun_between_two_layers_and_the_others_share_a
             engine.add(requests[number])
     assert told == [[], ["1"], [], [], ["0", "2", "3"], []]
     assert ran == [9, 30, 12 + 14]
-    assert {name: each.token_ids for name, each in drain(engine).items()} == {
-        each.request_id: alone(each) for each in requests
-    }
+    assert_as_alone(drain(engine), requests)
 
 
 def test_who_ends_with_a_token_between_two_layers_leaves_the_pass_alone():
@@ -159,7 +145,7 @@ def test_who_ends_with_a_token_between_two_layers_leaves_the_pass_alone():
     first, _ = step_and_add(engine, requests[2:], 1)
     assert [(token.request_id, token.finish_reason) for token in first] == [("short", "length"), ("3", None)]
     done = {"short": engine.take("short")} | drain(engine)
-    assert {name: each.token_ids for name, each in done.items()} == {each.request_id: alone(each) for each in requests}
+    assert_as_alone(done, requests)
     assert rows_in_use(engine) == [0, 0, 0]
 
 
@@ -217,7 +203,7 @@ def begun_between_layers() -> tuple[Engine, list, Iterator[list]]:
 def assert_goes_on(engine: Engine, requests: list, done: dict) -> None:
     """After a step that has failed, the engine makes of these requests what would become of each alone."""
     done |= drain(engine)
-    assert {name: each.token_ids for name, each in done.items()} == {each.request_id: alone(each) for each in requests}
+    assert_as_alone(done, requests)
     assert rows_in_use(engine) == [0, 0, 0]
 
 
@@ -277,16 +263,6 @@ def test_who_asks_a_value_model_elsewhere_is_not_begun_between_two_layers(monkey
     assert told == [["2"], ["0", "1"]]
 
 
-def test_who_takes_the_parts_of_a_step_takes_no_time_of_its_clock():
-    _, _, engine = guided_setup("llama", ending=())
-    engine.add(request("0", prompts(9)[0], BOTH))
-    engine.step()
-    engine.clock.seconds.clear()
-    for _ in engine.parts():
-        time.sleep(0.2)
-    assert sum(engine.clock.seconds.values()) < 0.2
-
-
 def test_who_has_no_room_is_not_looked_at_again_before_another_leaves(monkeypatch):
     base, _, _ = guided_setup("llama", ending=())
     engine = Engine(base, kv_tokens=2 * COLUMNS)
@@ -300,7 +276,7 @@ def test_who_has_no_room_is_not_looked_at_again_before_another_leaves(monkeypatc
         engine.step()
     assert [room for room in asked if room[0] == 3] == [(3, 11)]
     done = drain(engine)
-    assert {name: each.token_ids for name, each in done.items()} == {each.request_id: alone(each) for each in requests}
+    assert_as_alone(done, requests)
 
 
 def test_switched_off_requests_that_come_midway_wait_for_the_end_of_the_pass(monkeypatch):
@@ -312,9 +288,7 @@ def test_switched_off_requests_that_come_midway_wait_for_the_end_of_the_pass(mon
     assert [len(part) for part in engine.parts()] == [0, 1, 0]
     assert [token.request_id for part in step_and_add(engine, requests[1:], 1) for token in part] == ["0", "1"]
     assert ran == [9, 1, 30]
-    assert {name: each.token_ids for name, each in drain(engine).items()} == {
-        each.request_id: alone(each) for each in requests
-    }
+    assert_as_alone(drain(engine), requests)
 
 
 def test_requests_that_have_no_room_wait_although_they_come_midway():
@@ -332,54 +306,13 @@ def test_requests_that_have_no_room_wait_although_they_come_midway():
     assert rows_in_use(engine) == [0, 0, 0]
 
 
-def test_tokens_that_need_no_value_model_come_before_the_others():
-    _, _, engine = guided_setup("llama", ending=())
-    engine.add(request("plain", prompts(9)[0], max_tokens=3))
-    assert [len(part) for part in engine.parts()] == [0] * LAYERS + [1, 0]
-    engine.add(request("steered", prompts(9)[0], ONE, max_tokens=3))
-    assert told(engine) == [["plain", "steered"]], "a first token, and one that needs no value model"
-    assert told(engine) == [["plain"], ["steered"]]
-
-
 def test_without_guidance_too_requests_that_come_midway_begin_in_the_same_step():
     _, _, engine = guided_setup("llama", ending=())
     requests = [request(str(i), p, seed=i) for i, p in enumerate(prompts(9, 30, 12))]
     engine.add(requests[0])
     engine.step()
     assert [token.request_id for part in step_and_add(engine, requests[1:]) for token in part] == ["0", "1", "2"]
-    assert {name: each.token_ids for name, each in drain(engine).items()} == {
-        each.request_id: alone(each) for each in requests
-    }
-
-
-def test_first_tokens_do_not_wait_for_the_values_of_others(monkeypatch):
-    """Nor do those of requests that want no guidance; all are as they would be alone."""
-    _, _, engine = guided_setup("llama", ending=())
-    requests = [request(str(i), p, BOTH, seed=20 + i) for i, p in enumerate(prompts(9, 30, 12, 14))]
-    requests += [request("short", prompts(10)[0], BOTH, seed=4, max_tokens=1), request("plain", prompts(5)[0], seed=5)]
-    for each in requests[:2]:
-        engine.add(each)
-    engine.step()
-    for each in requests[2:]:
-        engine.add(each)
-    asked = []
-    scorer = engine._scorers[0]
-    score = scorer.score
-    monkeypatch.setattr(scorer, "score", lambda batch: asked.append(len(batch.rows)) or score(batch))
-    assert [sorted(part) for part in told(engine)] == [["2", "3", "plain", "short"], ["0", "1"]]
-    assert asked == [3, 2]
-    done = {"short": engine.take("short")} | drain(engine)
-    for each in requests:
-        assert done[each.request_id].token_ids == alone(each)
-
-
-def test_switched_off_first_tokens_come_with_the_others(monkeypatch):
-    monkeypatch.setenv("VAS_OFF", "first_tokens")
-    _, _, engine = guided_setup("llama", ending=())
-    engine.add(request("0", prompts(9)[0], ONE))
-    engine.step()
-    engine.add(request("plain", prompts(12)[0]))
-    assert told(engine) == [["0", "plain"]]
+    assert_as_alone(drain(engine), requests)
 
 
 def test_a_step_that_fails_after_a_request_has_joined_midway_loses_neither():
@@ -398,68 +331,7 @@ def test_a_step_that_fails_after_a_request_has_joined_midway_loses_neither():
         step_and_add(engine, [second])
     assert engine.interrupted == ("0", "1")
     done = drain(engine)
-    assert {name: each.token_ids for name, each in done.items()} == {"0": alone(first), "1": alone(second)}
-
-
-def test_a_step_that_fails_after_first_tokens_keeps_them(monkeypatch):
-    _, _, engine = guided_setup("llama", ending=())
-    first, second = (request(str(i), p, BOTH, seed=i) for i, p in enumerate(prompts(9, 30)))
-    engine.add(first)
-    engine.step()
-    engine.add(second)
-    parts = engine.parts()
-    [begun] = next(filter(None, parts))
-    monkeypatch.setattr(engine._stepper.guide, "values", lambda *_: torch.empty(-1))
-    with pytest.raises(RuntimeError):
-        next(parts)
-    monkeypatch.undo()
-    assert engine.interrupted == ("0", "1")
-    assert [begun.token_id] == engine.completion("1").token_ids == alone(second)[:1]
-    done = drain(engine)
-    assert {name: each.token_ids for name, each in done.items()} == {"0": alone(first), "1": alone(second)}
-
-
-def test_a_loop_tells_each_token_once_though_steps_fail_after_first_tokens():
-    base, models, _ = guided_setup("llama", ending=())
-    requests = [
-        request(str(i), p, BOTH, seed=i, max_tokens=1 + 3 * (i % 3)) for i, p in enumerate(prompts(*range(9, 17)))
-    ]
-
-    drawn = itertools.count(1)
-
-    def fail_each_fifth(sequences):
-        if next(drawn) % 5 == 0 and loop.engine.running > 1:  # there are others to blame
-            raise RuntimeError("for once")
-
-    counted, told = [], {each.request_id: [] for each in requests}
-    loop = Loop(
-        lambda: before_draws(Engine(base, scorers_of(models), max_sequences=3), fail_each_fifth),
-        after=lambda tokens, _: counted.append(tokens),
-    )
-    futures = [loop.submit(each, lambda token, _: told[token.request_id].append(token.token_id)) for each in requests]
-    found = [future.result(60).token_ids for future in futures]
-    loop.call(lambda engine: None).result(60)
-    assert next(drawn) > 10
-    assert found == [told[each.request_id] for each in requests] == [alone(each) for each in requests]
-    assert sum(counted) == sum(map(len, found))
-
-
-def test_each_response_is_charged_its_share_of_the_parts_that_it_was_in(monkeypatch):
-    """Each part takes a second here: a layer's is everybody's, the others are theirs whose tokens they bring."""
-    base, models, _ = guided_setup("llama", ending=())
-    ticks = itertools.count()
-    monkeypatch.setattr("vas.decoding.loop.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    loop = Loop(lambda: Engine(base, scorers_of(models)))
-    ready = Event()
-    loop.call(lambda engine: ready.wait(30))
-    asked = [request(str(i), p, BOTH, max_tokens=4) for i, p in enumerate(prompts(9, 12))]
-    futures = [loop.submit(each) for each in (*asked, request("plain", prompts(5)[0], max_tokens=4))]
-    ready.set()
-    one, other, plain = (future.result(60).seconds for future in futures)
-    common, first = (4 * LAYERS + 1) / 3, 1 / 3  # the first step, in which all begin, has a last part without a token
-    assert (one, other) == pytest.approx((common + first + 3 / 2,) * 2, rel=0.08)
-    assert plain == pytest.approx(common + first + 3, rel=0.08)
-    assert one + other + plain == pytest.approx(4 * (LAYERS + 2))
+    assert_as_alone(done, [first, second])
 
 
 def test_the_loop_takes_requests_midway_and_leaves_the_rest_for_after_the_step():
